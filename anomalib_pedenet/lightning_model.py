@@ -1,0 +1,660 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""PEDENet for anomalib: training, the memory bank, checkpoints and defaults.
+
+Example:
+    >>> from anomalib.data import MVTecAD
+    >>> from anomalib.engine import Engine
+    >>> from anomalib.models import Pedenet
+
+    >>> engine = Engine()
+    >>> engine.train(model=Pedenet(), datamodule=MVTecAD(category="bottle"))  # doctest: +SKIP
+"""
+
+import contextlib
+import copy
+import logging
+import math
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule, MemoryBankMixin
+from anomalib.visualization import Visualizer
+from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from anomalib_pedenet.anomaly_map import Combination
+from anomalib_pedenet.loss import DensityLossType, PedenetLoss
+from anomalib_pedenet.mixture import CovarianceType
+from anomalib_pedenet.patches import BASE_STRIDE, PATCH_SIZE, SUB_PATCH_SIZE, minimum_training_size
+from anomalib_pedenet.sampling import EmbeddingSample, sample_dense, sample_patches
+from anomalib_pedenet.torch_model import PedenetModel
+
+logger = logging.getLogger(__name__)
+
+TrainingMode = Literal["dense", "patchwise"]
+LearningRateSchedule = Literal["one_cycle", "constant"]
+TrainPrecision = Literal["auto", "float32", "bfloat16"]
+
+COLLAPSE_SPREAD = 0.02
+"""Embeddings (each dimension in -1..1) whose mean standard deviation falls below this have collapsed."""
+
+MIN_TRAINING_IMAGES = 2
+
+# Hyper-parameters that shape the weights: a checkpoint fits only a model that has the same.
+_ARCHITECTURE = ("patch_sizes", "embedding_dim", "num_components")
+
+
+class Pedenet(MemoryBankMixin, AnomalibModule):
+    """PEDENet: anomaly localisation by patch embedding and density estimation, trained from scratch.
+
+    A patch embedding network learns, from normal images alone, to tell where a patch's neighbour lies (location
+    prediction) and to make its embeddings dense under a Gaussian mixture (density estimation). A patch is scored by the
+    distance of its embedding to the nearest one of the normal images, kept in a memory bank; a pixel by the mean over
+    the patches that cover it; an image by its highest pixel.
+
+    Args:
+        image_size (tuple[int, int]): Height and width in pixels to which images are resized. Keep the aspect ratio of
+            your images, e.g. ``(256, 640)``. Ignored if ``pre_processor`` is an instance. Defaults to ``(256, 256)``.
+        patch_sizes (Sequence[int]): Scales to train and score: ``[32, 64]`` for both (finer maps, more accurate), or
+            ``[64]`` for the paper's patches alone. Defaults to ``(32, 64)``.
+        stride (int): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2. Smaller is
+            slower and finer. May be changed for a trained checkpoint. Defaults to ``8``.
+        combination (str): How the maps of two scales become one: ``"product"`` (geometric mean) or ``"mean"``.
+            Defaults to ``"product"``.
+        bank_size (int): Largest number of rows of each scale's memory bank, a uniform subset of the embeddings of all
+            training images. Memory, export size and search time grow with it. Defaults to ``20_000``.
+        bank_stride (int): Distance in pixels between the patches of the training images that may enter the bank, a
+            multiple of 2. Defaults to ``8``.
+        bank_seed (int): Seed of the bank's subset. Defaults to ``0``.
+        embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
+        num_components (int): Number K of Gaussian mixture components. Defaults to ``10``.
+        max_steps (int): Training length in optimizer steps. A smaller ``Trainer`` limit (``max_steps``,
+            ``max_epochs``) stands. Defaults to ``2400``.
+        steps_per_image (int): Optimizer steps made for every training image in an epoch, so that each image is decoded
+            once for several steps. Defaults to ``4``.
+        training_mode (str): ``"dense"`` trains on crops whose patches share their computation; ``"patchwise"`` on
+            separately cut patches, as the paper does. Defaults to ``"dense"``.
+        crops_per_step (int): Crops in a step (dense training); each is seen in two disturbed views.
+            Defaults to ``4``.
+        crop_size (int): Side of a crop in pixels (dense training). Defaults to ``128``.
+        patches_per_step (int): Patches for the density loss in a step; the paper has 128. Defaults to ``1024``.
+        pairs_per_step (int): Pairs of neighbouring patches for location prediction in a step; the paper has 36.
+            Defaults to ``1024``.
+        color_shift (float): Standard deviation of the random colour shift of each view and channel, in units of the
+            normalised images (whose standard deviation is about 1). Defaults to ``0.1``.
+        noise (float): Standard deviation of the random noise of each view's pixels, likewise. Defaults to ``0.1``.
+        learning_rate (float): Adam's learning rate, the peak of the one-cycle schedule. Defaults to ``1e-3``.
+        lr_schedule (str): ``"one_cycle"`` or ``"constant"`` (the paper's). Defaults to ``"one_cycle"``.
+        lambda_den (float): Weight lambda_1 of the density loss L_DEN. Too large a weight makes all embeddings equal
+            (collapse). Defaults to ``1e-4``.
+        lambda_lpn (float): Weight lambda_2 of the location prediction loss L_LPN. Defaults to ``1.0``.
+        lambda_reg (float): Weight lambda_3 of the covariance regularisation L_reg. Defaults to ``1e-7``.
+        density_loss (str): Reading of Eq. 9: ``"dagmm"`` (mean of the logarithms) or ``"paper"`` (logarithm of the
+            sum, as printed). Defaults to ``"dagmm"``.
+        density_warmup (float): Fraction of the training before L_DEN and L_reg set in; over the same fraction again
+            they rise to full weight. Without it they shrink embeddings that have not learned anything yet.
+            Defaults to ``0.25``.
+        covariance_type (str): Covariances of the mixture, ``"diag"`` or ``"full"``. Defaults to ``"diag"``.
+        covariance_jitter (float): Added to the covariances' diagonals. Defaults to ``1e-3``.
+        train_precision (str): Arithmetic of the networks in training: ``"float32"``, ``"bfloat16"`` (autocast), or
+            ``"auto"`` for bfloat16 where the device is fast at it. Scoring is not affected. Defaults to ``"auto"``.
+        pre_processor (nn.Module | bool): Pre-processor instance, or whether to use the default one, which resizes to
+            ``image_size`` and normalises with ImageNet's statistics. Defaults to ``True``.
+        post_processor (nn.Module | bool): Post-processor instance or flag. Defaults to ``True``.
+        evaluator (Evaluator | bool): Evaluator instance or flag. Defaults to ``True``.
+        visualizer (Visualizer | bool): Visualizer instance or flag. Defaults to ``True``.
+
+    Raises:
+        ValueError: If an argument is outside its range; the message names it, the limit and the value.
+
+    Example:
+        >>> model = Pedenet(stride=4, max_steps=1200)
+        >>> model.model.stride
+        4
+
+    Reference:
+        K. Zhang, B. Wang, C.-C. J. Kuo, "PEDENet: Image Anomaly Localization via Patch Embedding and Density
+        Estimation", 2021, https://arxiv.org/abs/2110.15525.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] = (256, 256),
+        patch_sizes: Sequence[int] = (SUB_PATCH_SIZE, PATCH_SIZE),
+        stride: int = 8,
+        combination: Combination = "product",
+        bank_size: int = 20_000,
+        bank_stride: int = 8,
+        bank_seed: int = 0,
+        embedding_dim: int = 64,
+        num_components: int = 10,
+        max_steps: int = 2400,
+        steps_per_image: int = 4,
+        training_mode: TrainingMode = "dense",
+        crops_per_step: int = 4,
+        crop_size: int = 128,
+        patches_per_step: int = 1024,
+        pairs_per_step: int = 1024,
+        color_shift: float = 0.1,
+        noise: float = 0.1,
+        learning_rate: float = 1e-3,
+        lr_schedule: LearningRateSchedule = "one_cycle",
+        lambda_den: float = 1e-4,
+        lambda_lpn: float = 1.0,
+        lambda_reg: float = 1e-7,
+        density_loss: DensityLossType = "dagmm",
+        density_warmup: float = 0.25,
+        covariance_type: CovarianceType = "diag",
+        covariance_jitter: float = 1e-3,
+        train_precision: TrainPrecision = "auto",
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        if pre_processor is True:
+            pre_processor = self.configure_pre_processor(tuple(image_size))
+        super().__init__(
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        _validate(self.hparams)
+
+        self.model: PedenetModel = PedenetModel(
+            patch_sizes=patch_sizes,
+            stride=stride,
+            combination=combination,
+            bank_size=bank_size,
+            embedding_dim=embedding_dim,
+            num_components=num_components,
+            seed=bank_seed,
+        )
+        self.loss = PedenetLoss(
+            lambda_den=lambda_den,
+            lambda_lpn=lambda_lpn,
+            lambda_reg=lambda_reg,
+            reading=density_loss,
+            covariance_type=covariance_type,
+            covariance_jitter=covariance_jitter,
+        )
+        # One batch of images serves several optimizer steps, see `training_step`.
+        self.automatic_optimization = False
+        self._planned_steps = max_steps
+        self._uses_bfloat16 = False
+        self._is_bank_stale = False
+        self._has_warned_of_collapse = False
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Trainer arguments that the model cannot do without (they override the user's).
+
+        Returns:
+            dict[str, Any]: ``num_sanity_val_steps: 0``, since there is no memory bank before training.
+        """
+        return {"num_sanity_val_steps": 0}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Learning type: one-class, from normal images only."""
+        return LearningType.ONE_CLASS
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def setup(self, stage: str) -> None:
+        """Check what training starts from: the checkpoint file and the number of training images.
+
+        Args:
+            stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+
+        Raises:
+            ValueError: If the checkpoint is not a whole file or there are too few training images.
+        """
+        if self.trainer.ckpt_path:
+            _check_checkpoint_file(self.trainer.ckpt_path)
+        train_data = getattr(getattr(self.trainer, "datamodule", None), "train_data", None)
+        if stage == "fit" and train_data is not None and len(train_data) < MIN_TRAINING_IMAGES:
+            msg = (
+                f"The training set {getattr(train_data, 'name', '')} has {len(train_data)} normal image(s), but "
+                f"Pedenet needs at least {MIN_TRAINING_IMAGES} to learn what varies between good parts: add images to the "
+                "folder of normal training images (20 or more are recommended)."
+            )
+            raise ValueError(msg)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer | OptimizerLRSchedulerConfig:
+        """Configure Adam, with a one-cycle schedule over the steps that will be made, or a constant rate.
+
+        Returns:
+            torch.optim.Optimizer | OptimizerLRSchedulerConfig: Optimizer, with its schedule if there is one.
+        """
+        optimizer = torch.optim.Adam(
+            [
+                *self.model.embedding_network.parameters(),
+                *self.model.density_networks.parameters(),
+                *self.model.location_networks.parameters(),
+            ],
+            lr=self.hparams.learning_rate,
+        )
+        if self.hparams.lr_schedule == "constant":
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=self.hparams.learning_rate,
+            total_steps=self._total_steps(),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Choose the arithmetic of the networks."""
+        self._planned_steps = self._total_steps()
+        self._uses_bfloat16 = _uses_bfloat16(self.hparams.train_precision, self.device)
+        # On a CPU the convolutions are twice as fast so in bfloat16; nowhere are they slower.
+        self.model.embedding_network.to(memory_format=torch.channels_last)
+        logger.info(
+            "Training Pedenet for %d steps, networks in %s.",
+            self._planned_steps,
+            "bfloat16" if self._uses_bfloat16 else "float32",
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Make several optimizer steps on a batch of normal images.
+
+        A step needs a few crops only, so one batch serves ``steps_per_image`` steps for each of its images: decoding
+        and resizing are then a small part of the training time, whatever the size of the images on disk.
+
+        Args:
+            batch (Batch): Batch of pre-processed normal images.
+            batch_idx (int): Index of the batch (unused).
+
+        Raises:
+            ValueError: If the images are not finite or too small, or the loss is not finite.
+        """
+        del batch_idx
+        _check_finite(batch)
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        remaining = max(0, self._planned_steps - self.trainer.global_step)
+        history: list[dict[str, torch.Tensor]] = []
+        for _ in range(min(remaining, self.hparams.steps_per_image * len(batch.image))):
+            self._is_bank_stale = True
+            loss, metrics = self._joint_loss(batch.image)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            history.append(metrics)
+        if history:
+            self._report({name: torch.stack([step[name] for step in history]).mean() for name in history[0]})
+        if len(history) == remaining:
+            # Unlike the Trainer's own limit of steps, this lets a last validation run, which sets the thresholds.
+            self.trainer.should_stop = True
+
+    def _joint_loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss of one step, summed over the scales, and what is reported of it (detached scalars)."""
+        total = torch.zeros((), device=images.device)
+        metrics: dict[str, torch.Tensor] = {}
+        with torch.autocast(images.device.type, torch.bfloat16) if self._uses_bfloat16 else contextlib.nullcontext():
+            for size, sample in self._sample(images).items():
+                logits = self.model.location_networks[str(size)](sample.centers, sample.neighbors)
+                terms = self.loss(
+                    sample.embeddings,
+                    self.model.density_networks[str(size)](sample.embeddings),
+                    logits,
+                    sample.directions,
+                    density_scale=self._density_scale(),
+                )
+                total = total + terms.total
+                metrics |= {
+                    f"loss_den_{size}": terms.density.detach(),
+                    f"loss_lpn_{size}": terms.location.detach(),
+                    f"loss_reg_{size}": terms.regularization.detach(),
+                    f"lp_accuracy_{size}": (logits.argmax(dim=-1) == sample.directions).float().mean(),
+                    f"spread_{size}": sample.embeddings.detach().float().std(dim=0).mean(),
+                }
+        return total, {"train_loss": total.detach(), **metrics}
+
+    def _sample(self, images: torch.Tensor) -> dict[int, EmbeddingSample]:
+        """Draw and embed the patches of one step."""
+        hparams = self.hparams
+        shared = {
+            "network": self.model.embedding_network,
+            "images": images,
+            "patch_sizes": self.model.patch_sizes,
+            "num_patches": hparams.patches_per_step,
+            "num_pairs": hparams.pairs_per_step,
+            "color_shift": hparams.color_shift,
+            "noise": hparams.noise,
+        }
+        if hparams.training_mode == "patchwise":
+            return sample_patches(**shared)
+        return sample_dense(**shared, num_crops=hparams.crops_per_step, crop_size=hparams.crop_size)
+
+    def _density_scale(self) -> float:
+        """Return the factor on L_DEN and L_reg: 0 during the warm-up, then rising to 1 over the same time again."""
+        warmup = self.hparams.density_warmup * self._planned_steps
+        return 1.0 if warmup == 0 else min(1.0, max(0.0, self.trainer.global_step / warmup - 1))
+
+    def _total_steps(self) -> int:
+        """Return the number of optimizer steps that this training will make, under the model's and Trainer's limits."""
+        trainer = self.trainer
+        limits = [self.hparams.max_steps]
+        if trainer.max_steps > 0:
+            limits.append(trainer.max_steps)
+        num_batches = trainer.num_training_batches
+        if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(num_batches):
+            batch_size = getattr(trainer.train_dataloader, "batch_size", None) or 1
+            num_images = min(num_batches * batch_size, _num_images(trainer.train_dataloader))
+            limits.append(trainer.max_epochs * num_images * self.hparams.steps_per_image)
+        return max(1, min(limits))
+
+    def _report(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Log the means over a batch's steps, show their essence on the progress bar, and watch for collapse.
+
+        Raises:
+            ValueError: If the loss is not finite.
+        """
+        if not bool(torch.isfinite(metrics["train_loss"])):
+            terms = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+            msg = (
+                f"The training loss is not finite after {self.trainer.global_step} steps ({terms}): lower "
+                "learning_rate or lambda_den, or raise covariance_jitter. Earlier checkpoints are untouched."
+            )
+            raise ValueError(msg)
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1)
+        sizes = self.model.patch_sizes
+        for label, prefix in (("den", "loss_den"), ("lpn", "loss_lpn"), ("reg", "loss_reg")):
+            value = torch.stack([metrics[f"{prefix}_{size}"] for size in sizes]).sum()
+            self.log(label, value, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        accuracy = torch.stack([metrics[f"lp_accuracy_{size}"] for size in sizes]).mean()
+        self.log("lp_acc", accuracy, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        spread = torch.stack([metrics[f"spread_{size}"] for size in sizes]).min()
+        self.log("spread", spread, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        self.log("step", float(self.trainer.global_step), prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        if spread < COLLAPSE_SPREAD and not self._has_warned_of_collapse:
+            self._has_warned_of_collapse = True
+            logger.warning(
+                "The embeddings have collapsed (spread %.3f after %d steps, below %.2f): patches can hardly be told "
+                "apart and the anomaly map will be poor. Lower lambda_den and lambda_reg or raise density_warmup.",
+                spread,
+                self.trainer.global_step,
+                COLLAPSE_SPREAD,
+            )
+
+    # --------------------------------------------------------------------------------------------------- memory bank
+
+    def fit(self) -> None:
+        """Build the memory bank from all normal training images, without augmentation, with the present weights."""
+        loader = self.trainer.train_dataloader
+        images = DataLoader(
+            _without_augmentation(loader.dataset),
+            batch_size=loader.batch_size or 1,
+            collate_fn=loader.collate_fn,
+        )
+        with (
+            torch.inference_mode(mode=False),  # inference tensors could not be saved and trained on afterwards
+            torch.no_grad(),
+            self.trainer.precision_plugin.forward_context(),  # as the images will be scored
+        ):
+            self.model.fit(self._pre_processed(images), stride=self.hparams.bank_stride)
+        self._is_fitted = torch.tensor([True], device=self.device)
+        self._is_bank_stale = False
+
+    def _pre_processed(self, loader: DataLoader) -> Iterator[torch.Tensor]:
+        """Yield pre-processed training images on the model's device, with progress."""
+        for batch in tqdm(loader, desc="Building the memory bank", disable=not self.trainer.is_global_zero):
+            images = batch.image.to(self.device)
+            if self.pre_processor is not None and self.pre_processor.transform is not None:
+                images = self.pre_processor.transform(images)
+            yield images
+
+    def on_validation_start(self) -> None:
+        """Rebuild the memory bank if training went on since it was built."""
+        self._refresh_bank()
+
+    def on_train_epoch_end(self) -> None:
+        """Do nothing: the mixin would build the bank here once and never again."""
+
+    def on_train_end(self) -> None:
+        """Rebuild the memory bank if training went on since it was built."""
+        self._refresh_bank()
+
+    def _refresh_bank(self) -> None:
+        """Build the memory bank if it is not that of the present weights."""
+        if self._is_bank_stale:
+            self.fit()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See that the memory bank in a checkpoint is that of the weights beside it.
+
+        Args:
+            checkpoint (dict[str, Any]): Checkpoint with the already collected ``state_dict``.
+        """
+        super().on_save_checkpoint(checkpoint)
+        if self._is_bank_stale:
+            self.fit()
+            bank = {name: value for name, value in self.state_dict().items() if name.startswith("model.scorers.")}
+            checkpoint["state_dict"].update(bank, _is_fitted=self._is_fitted)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint fits this model before its weights are loaded.
+
+        Args:
+            checkpoint (dict[str, Any]): Loaded checkpoint.
+
+        Raises:
+            ValueError: If the checkpoint is another model's or was trained with other networks.
+        """
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get("hyper_parameters", {})
+        if not any(name.startswith("model.embedding_network.") for name in checkpoint.get("state_dict", {})):
+            msg = "The checkpoint holds no Pedenet weights: pass a checkpoint that was trained with --model Pedenet."
+            raise ValueError(msg)
+        for name in _ARCHITECTURE:
+            ours, theirs = self.hparams[name], saved.get(name, self.hparams[name])
+            if (sorted(ours) != sorted(theirs)) if name == "patch_sizes" else (ours != theirs):
+                msg = (
+                    f"The checkpoint was trained with {name}={theirs}, but this model has {name}={ours}: set "
+                    f"--model.{name} to {theirs}, or load it with Pedenet.load_from_checkpoint, which takes the "
+                    "hyper-parameters from the checkpoint."
+                )
+                raise ValueError(msg)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # as AnomalibModule declares it
+        cls,
+        checkpoint_path: str | Path,
+        map_location: _MAP_LOCATION_TYPE = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool = True,
+        **kwargs: Any,  # noqa: ANN401 - hyper-parameters of any type
+    ) -> "Pedenet":
+        """Load a model with its memory bank from a checkpoint; see ``AnomalibModule.load_from_checkpoint``.
+
+        Raises:
+            ValueError: If the file is not a whole checkpoint, or not one of this model.
+        """
+        _check_checkpoint_file(checkpoint_path)
+        return super().load_from_checkpoint(
+            checkpoint_path,
+            map_location=map_location,
+            hparams_file=hparams_file,
+            strict=strict,
+            weights_only=weights_only,
+            **kwargs,
+        )
+
+    # ----------------------------------------------------------------------------------------------- scoring, export
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+        """Score a batch of images.
+
+        Args:
+            batch (Batch): Batch of pre-processed images.
+            *args: Unused.
+            **kwargs: Unused.
+
+        Returns:
+            STEP_OUTPUT: The batch with its predictions.
+
+        Raises:
+            ValueError: If an image is not finite.
+        """
+        del args, kwargs
+        return self._score(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+        """Score a batch of images; see :meth:`validation_step`."""
+        del batch_idx, args, kwargs
+        return self._score(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """Score a batch of images; see :meth:`validation_step`."""
+        del batch_idx, dataloader_idx
+        return self._score(batch)
+
+    def _score(self, batch: Batch) -> STEP_OUTPUT:
+        _check_finite(batch)
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Export to PyTorch's format; see ``ExportMixin.to_torch``.
+
+        Raises:
+            RuntimeError: If there is no memory bank yet (the other formats find that out by running the model).
+        """
+        self.model.check_is_fitted()
+        return super().to_torch(export_root, model_file_name)
+
+
+def _validate(hparams: Mapping[str, Any]) -> None:
+    """Check the hyper-parameters.
+
+    Raises:
+        ValueError: If one is outside its range.
+    """
+    choices = {
+        "combination": get_args(Combination),
+        "training_mode": get_args(TrainingMode),
+        "lr_schedule": get_args(LearningRateSchedule),
+        "density_loss": get_args(DensityLossType),
+        "covariance_type": get_args(CovarianceType),
+        "train_precision": get_args(TrainPrecision),
+    }
+    for name, allowed in choices.items():
+        if hparams[name] not in allowed:
+            msg = f"{name} must be one of {', '.join(map(repr, allowed))}, got {hparams[name]!r}."
+            raise ValueError(msg)
+
+    at_least_one = (
+        "bank_size",
+        "embedding_dim",
+        "num_components",
+        "max_steps",
+        "steps_per_image",
+        "crops_per_step",
+        "pairs_per_step",
+    )
+    at_least_zero = ("color_shift", "noise", "lambda_den", "lambda_lpn", "lambda_reg", "covariance_jitter", "bank_seed")
+    for names, limit in ((at_least_one, 1), (at_least_zero, 0), (("patches_per_step",), 2)):
+        for name in names:
+            if hparams[name] < limit:
+                msg = f"{name} must be at least {limit}, got {hparams[name]}."
+                raise ValueError(msg)
+    if hparams["learning_rate"] <= 0:
+        msg = f"learning_rate must be above 0, got {hparams['learning_rate']}."
+        raise ValueError(msg)
+    if not 0 <= hparams["density_warmup"] <= 1:
+        msg = f"density_warmup must be a fraction of the training from 0 to 1, got {hparams['density_warmup']}."
+        raise ValueError(msg)
+    if hparams["lambda_den"] == hparams["lambda_lpn"] == 0:
+        msg = "lambda_den and lambda_lpn are both 0, so there is nothing to learn: set one of them above 0."
+        raise ValueError(msg)
+
+    sizes = list(hparams["patch_sizes"])
+    if not sizes or len(set(sizes)) < len(sizes) or not set(sizes) <= {SUB_PATCH_SIZE, PATCH_SIZE}:
+        msg = f"patch_sizes must be [{SUB_PATCH_SIZE}], [{PATCH_SIZE}] or both, got {sizes}."
+        raise ValueError(msg)
+    for name in ("stride", "bank_stride"):
+        if not BASE_STRIDE <= hparams[name] <= min(sizes) or hparams[name] % BASE_STRIDE:
+            msg = (
+                f"{name} must be a multiple of {BASE_STRIDE} px from {BASE_STRIDE} to the smallest patch size "
+                f"({min(sizes)}), got {hparams[name]}."
+            )
+            raise ValueError(msg)
+    smallest = minimum_training_size(max(sizes))
+    for name, sides in (("image_size", tuple(hparams["image_size"])), ("crop_size", (hparams["crop_size"],))):
+        if min(sides) < smallest:
+            msg = (
+                f"{name} must be at least {smallest} px a side, to hold a pair of neighbouring {max(sizes)}-px "
+                f"patches, got {hparams[name]}. Smaller images need patch_sizes=[{SUB_PATCH_SIZE}] "
+                f"(at least {minimum_training_size(SUB_PATCH_SIZE)} px)."
+            )
+            raise ValueError(msg)
+
+
+def _check_finite(batch: Batch) -> None:
+    """Check that a batch's images are finite.
+
+    Raises:
+        ValueError: If an image holds NaN or infinite values; the message names the files.
+    """
+    is_finite = torch.isfinite(batch.image).flatten(1).all(dim=1)
+    if bool(is_finite.all()):
+        return
+    positions = torch.nonzero(~is_finite).flatten().tolist()
+    paths = getattr(batch, "image_path", None)
+    names = [str(paths[position]) if paths else f"image {position} of the batch" for position in positions]
+    msg = (
+        f"NaN or infinite pixel values in {', '.join(names)}: Pedenet needs finite images. Repair or remove them, and "
+        "check the transforms that produce them."
+    )
+    raise ValueError(msg)
+
+
+def _check_checkpoint_file(path: str | Path) -> None:
+    """Check that a checkpoint is a whole file; a file that does not exist is left to the loader's own error.
+
+    Raises:
+        ValueError: If it is not the zip archive that ``torch.save`` writes.
+    """
+    if Path(path).is_file() and not zipfile.is_zipfile(path):
+        msg = (
+            f"The checkpoint {path} ({Path(path).stat().st_size:,} bytes) is cut short or not a checkpoint: copy it "
+            "again from its source, or train anew."
+        )
+        raise ValueError(msg)
+
+
+def _uses_bfloat16(train_precision: TrainPrecision, device: torch.device) -> bool:
+    """Return whether to train the networks under bfloat16 autocast."""
+    if train_precision != "auto":
+        return train_precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 - there is no public name
+
+
+def _without_augmentation(dataset: Dataset) -> Dataset:
+    """Return a view of the data set whose images are not augmented; the data set itself stays as it is."""
+    view = copy.copy(dataset)
+    if hasattr(view, "augmentations"):
+        view.augmentations = None
+    return view
+
+
+def _num_images(loader: DataLoader) -> int:
+    """Return the number of images of a loader's data set."""
+    return len(loader.dataset)

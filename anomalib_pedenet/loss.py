@@ -1,0 +1,152 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The joint loss of PEDENet (Eqs. 8 to 11).
+
+``L = lambda_1 L_DEN + lambda_2 L_LPN + lambda_3 L_reg`` (Eq. 8): the negative log density of the embeddings under the
+mixture of their batch, the cross-entropy of location prediction, and a regulariser that keeps the covariances away
+from singular ones.
+
+Reference:
+    PEDENet, https://arxiv.org/abs/2110.15525, section 3.3.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_pedenet.mixture import CovarianceType, GaussianMixture, estimate_mixture, log_density
+
+DensityLossType = Literal["dagmm", "paper"]
+
+
+def density_loss(log_densities: torch.Tensor, reading: DensityLossType = "dagmm") -> torch.Tensor:
+    """Density estimation loss L_DEN (Eq. 9).
+
+    As printed, Eq. 9 is ``-(1/N) log sum_i P(z_i)``, the logarithm of the sum. DAGMM, which the paper follows, has
+    ``-(1/N) sum_i log P(z_i)``, the mean negative log likelihood.
+
+    Args:
+        log_densities (torch.Tensor): log P(z) of a batch in nats, ``[N]``.
+        reading (DensityLossType): ``"dagmm"`` for the sum of logarithms, ``"paper"`` for the logarithm of the sum.
+
+    Returns:
+        torch.Tensor: Scalar loss in nats.
+
+    Raises:
+        ValueError: If ``reading`` is unknown.
+    """
+    if reading == "dagmm":
+        return -log_densities.mean()
+    if reading == "paper":
+        return -torch.logsumexp(log_densities, dim=0) / len(log_densities)
+    msg = f"density_loss must be 'dagmm' or 'paper', got {reading!r}."
+    raise ValueError(msg)
+
+
+def location_loss(logits: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Location prediction loss L_LPN (Eq. 10): cross-entropy over the eight neighbours.
+
+    Args:
+        logits (torch.Tensor): Output of the LP network, ``[N, 8]``.
+        directions (torch.Tensor): True neighbour of each pair, ``[N]``, int64 in 0..7.
+
+    Returns:
+        torch.Tensor: Scalar loss in nats.
+    """
+    return F.cross_entropy(logits, directions)
+
+
+def covariance_regularization(mixture: GaussianMixture) -> torch.Tensor:
+    """Regularisation loss L_reg (Eq. 11): the sum of the inverse variances of all components and dimensions.
+
+    Args:
+        mixture (GaussianMixture): Mixture estimated from a batch.
+
+    Returns:
+        torch.Tensor: Scalar loss, in inverse squared embedding units.
+    """
+    return mixture.variances.reciprocal().sum()
+
+
+class LossTerms(NamedTuple):
+    """The weighted sum of one step and its unweighted terms, each a scalar tensor."""
+
+    total: torch.Tensor
+    density: torch.Tensor
+    location: torch.Tensor
+    regularization: torch.Tensor
+
+
+class PedenetLoss(nn.Module):
+    """Joint loss of PEDENet (Eq. 8).
+
+    Args:
+        lambda_den (float): Weight lambda_1 of L_DEN; 0 leaves the term out (Table 4, "L_LPN only").
+        lambda_lpn (float): Weight lambda_2 of L_LPN; 0 leaves the term out (Table 4, "L_DEN only").
+        lambda_reg (float): Weight lambda_3 of L_reg, which belongs to L_DEN and is left out with it.
+        reading (DensityLossType): Reading of Eq. 9, see :func:`density_loss`.
+        covariance_type (CovarianceType): Covariances of the mixture, ``"diag"`` or ``"full"``.
+        covariance_jitter (float): Added to the covariances' diagonals.
+
+    Example:
+        >>> loss = PedenetLoss(lambda_den=0.0)
+        >>> embeddings, responsibilities = torch.randn(16, 64), torch.full((16, 2), 0.5)
+        >>> terms = loss(embeddings, responsibilities, torch.zeros(4, 8), torch.arange(4))
+        >>> round(terms.total.item(), 4)  # log 8
+        2.0794
+    """
+
+    def __init__(
+        self,
+        lambda_den: float = 1e-4,
+        lambda_lpn: float = 1.0,
+        lambda_reg: float = 1e-7,
+        reading: DensityLossType = "dagmm",
+        covariance_type: CovarianceType = "diag",
+        covariance_jitter: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        self.lambda_den = lambda_den
+        self.lambda_lpn = lambda_lpn
+        self.lambda_reg = lambda_reg
+        self.reading = reading
+        self.covariance_type = covariance_type
+        self.covariance_jitter = covariance_jitter
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        responsibilities: torch.Tensor,
+        logits: torch.Tensor,
+        directions: torch.Tensor,
+        density_scale: float = 1.0,
+    ) -> LossTerms:
+        """Compute the joint loss of one scale.
+
+        Args:
+            embeddings (torch.Tensor): Embeddings for the density, ``[N, Z]``.
+            responsibilities (torch.Tensor): Output of the DE network for them, ``[N, K]``.
+            logits (torch.Tensor): Output of the LP network for M pairs, ``[M, 8]``.
+            directions (torch.Tensor): True neighbours of the pairs, ``[M]``, int64 in 0..7.
+            density_scale (float): Factor on lambda_1 and lambda_3, in [0, 1], for their warm-up.
+
+        Returns:
+            LossTerms: Weighted total and unweighted terms. A term whose weight is 0 is 0.
+        """
+        zero = embeddings.new_zeros(())
+        location = location_loss(logits.float(), directions) if self.lambda_lpn > 0 else zero
+        if self.lambda_den > 0:
+            # The statistics divide by small variances: bfloat16 under autocast would not do.
+            embeddings, responsibilities = embeddings.float(), responsibilities.float()
+            mixture = estimate_mixture(embeddings, responsibilities, self.covariance_type, self.covariance_jitter)
+            density = density_loss(log_density(embeddings, mixture), self.reading)
+            regularization = covariance_regularization(mixture)
+        else:
+            density = regularization = zero
+        total = self.lambda_lpn * location + density_scale * (
+            self.lambda_den * density + self.lambda_reg * regularization
+        )
+        return LossTerms(total, density, location, regularization)

@@ -1,0 +1,234 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The three networks of PEDENet: patch embedding (PE), density estimation (DE) and location prediction (LP).
+
+The patch embedding network is hierarchical: a *small encoder* embeds 32-px sub-patches, and a *large encoder* joins
+the four sub-patches of a 64-px patch. Because neither pads, running them over a whole image gives exactly the
+embeddings of all its patches (:meth:`PatchEmbeddingNetwork.embed_dense`), at a hundredth of the cost of running them
+patch by patch (:meth:`PatchEmbeddingNetwork.forward`).
+
+Reference:
+    K. Zhang, B. Wang, C.-C. J. Kuo, "PEDENet: Image Anomaly Localization via Patch Embedding and Density Estimation",
+    2021, https://arxiv.org/abs/2110.15525 (section 3.1 and 3.2). Where the paper gives no numbers the encoder follows
+    J. Yi, S. Yoon, "Patch SVDD", ACCV 2020, https://arxiv.org/abs/2006.16067.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_pedenet.patches import BASE_STRIDE, PATCH_SIZE, SUB_PATCH_SIZE, grid_size
+
+NEGATIVE_SLOPE = 0.1
+"""Negative slope of every LeakyReLU, as in the paper."""
+
+
+def initialize_weights(module: nn.Module) -> None:
+    """Initialise convolutions and linear layers with Kaiming's normal initialisation for LeakyReLU 0.1.
+
+    PyTorch's default initialisation shrinks the signal so much over the eight convolutions of the small encoder that
+    location prediction stays at chance for hundreds of steps.
+
+    Args:
+        module (nn.Module): Module whose descendants are initialised in place.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, a=NEGATIVE_SLOPE, nonlinearity="leaky_relu")
+            nn.init.zeros_(layer.bias)
+
+
+class PatchEmbeddingNetwork(nn.Module):
+    """Patch embedding (PE) network, Eq. 1: ``z = f(patch)``.
+
+    The small encoder is eight 3x3 convolutions without padding, the first with stride 2, so that a 32x32 sub-patch
+    ends at 1x1 (32 -> 15 -> 13 -> 11 -> 9 -> 7 -> 5 -> 3 -> 1), then a 1x1 output layer with tanh. The large encoder
+    is a 2x2 convolution over the four sub-patch embeddings and a 1x1 output layer with tanh.
+
+    Args:
+        embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
+        small_channels (Sequence[int]): Filters of the small encoder's eight convolutions.
+        large_channels (int): Filters of the large encoder's 2x2 convolution. Defaults to ``128``.
+        in_channels (int): Channels of the images. Defaults to ``3``.
+
+    Raises:
+        ValueError: If ``small_channels`` does not have eight entries; only eight convolutions take 32 px to 1x1.
+
+    Example:
+        >>> network = PatchEmbeddingNetwork()
+        >>> network(torch.zeros(5, 3, 64, 64)).shape
+        torch.Size([5, 64])
+        >>> grids = network.embed_dense(torch.zeros(1, 3, 96, 128), stride=8)
+        >>> grids[32].shape, grids[64].shape
+        (torch.Size([1, 64, 9, 13]), torch.Size([1, 64, 5, 9]))
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int = 64,
+        small_channels: Sequence[int] = (32, 64, 128, 128, 64, 64, 32, 32),
+        large_channels: int = 128,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if len(small_channels) != 8:
+            msg = f"small_channels must list the filters of 8 convolutions, got {len(small_channels)}."
+            raise ValueError(msg)
+
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for index, filters in enumerate(small_channels):
+            layers += [
+                nn.Conv2d(channels, filters, kernel_size=3, stride=2 if index == 0 else 1),
+                nn.LeakyReLU(NEGATIVE_SLOPE),
+            ]
+            channels = filters
+        self.small_encoder = nn.Sequential(*layers, nn.Conv2d(channels, embedding_dim, kernel_size=1), nn.Tanh())
+        self.large_encoder = nn.Sequential(
+            nn.Conv2d(embedding_dim, large_channels, kernel_size=2),
+            nn.LeakyReLU(NEGATIVE_SLOPE),
+            nn.Conv2d(large_channels, embedding_dim, kernel_size=1),
+            nn.Tanh(),
+        )
+        initialize_weights(self)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Embed separate patches, as the paper describes it.
+
+        Args:
+            patches (torch.Tensor): ``[N, C, 64, 64]`` patches, or ``[N, C, 32, 32]`` sub-patches (which go through the
+                small encoder alone), normalised to about zero mean and unit variance.
+
+        Returns:
+            torch.Tensor: Embeddings ``[N, Z]`` in (-1, 1).
+
+        Raises:
+            ValueError: If the patches are neither 64x64 nor 32x32.
+        """
+        size = tuple(patches.shape[-2:])
+        if size == (SUB_PATCH_SIZE, SUB_PATCH_SIZE):
+            return self.small_encoder(patches).flatten(1)  # [N, Z, 1, 1] -> [N, Z]
+        if size == (PATCH_SIZE, PATCH_SIZE):
+            rows = [
+                torch.cat(
+                    [self.small_encoder(sub_patch) for sub_patch in row.split(SUB_PATCH_SIZE, dim=-1)],
+                    dim=-1,
+                )  # [N, Z, 1, 2]
+                for row in patches.split(SUB_PATCH_SIZE, dim=-2)
+            ]
+            return self.large_encoder(torch.cat(rows, dim=-2)).flatten(1)  # [N, Z, 2, 2] -> [N, Z]
+        msg = f"Patches must be {PATCH_SIZE}x{PATCH_SIZE} or {SUB_PATCH_SIZE}x{SUB_PATCH_SIZE} px, got {size}."
+        raise ValueError(msg)
+
+    def embed_dense(
+        self,
+        images: torch.Tensor,
+        stride: int = BASE_STRIDE,
+        patch_sizes: Sequence[int] = (SUB_PATCH_SIZE, PATCH_SIZE),
+    ) -> dict[int, torch.Tensor]:
+        """Embed all patches of whole images at once, on a regular grid.
+
+        The first convolution's stride makes 2 px the finest grid. On it, the four sub-patches of a 64-px patch lie 16
+        steps apart, so the large encoder's 2x2 convolution becomes one with dilation 16. Apart from rounding the
+        result equals :meth:`forward` on every patch.
+
+        Args:
+            images (torch.Tensor): ``[B, C, H, W]`` images, normalised as in :meth:`forward`.
+            stride (int): Distance between neighbouring patches in pixels, a multiple of 2. Defaults to ``2``.
+            patch_sizes (Sequence[int]): Which scales to return: 32, 64 or both.
+
+        Returns:
+            dict[int, torch.Tensor]: For each patch size, embeddings ``[B, Z, h, w]`` where
+                ``(h, w) = grid_size((H, W), patch_size, stride)`` and entry ``(i, j)`` belongs to the patch whose top
+                left corner is pixel ``(i * stride, j * stride)``.
+        """
+        step = stride // BASE_STRIDE
+        height, width = images.shape[-2:]
+        small = self.small_encoder(images)  # [B, Z, ., .] at stride 2
+        # The receptive field is 31 px wide, so an odd image side yields one more position than 32-px patches fit.
+        rows, columns = grid_size((height, width), SUB_PATCH_SIZE, BASE_STRIDE)
+        small = small[..., :rows, :columns]
+
+        embeddings: dict[int, torch.Tensor] = {}
+        if SUB_PATCH_SIZE in patch_sizes:
+            embeddings[SUB_PATCH_SIZE] = small[..., ::step, ::step]
+        if PATCH_SIZE in patch_sizes:
+            joined = F.conv2d(
+                small,
+                self.large_encoder[0].weight,
+                self.large_encoder[0].bias,
+                stride=step,
+                dilation=SUB_PATCH_SIZE // BASE_STRIDE,
+            )
+            embeddings[PATCH_SIZE] = self.large_encoder[1:](joined)
+        return embeddings
+
+
+class DensityEstimationNetwork(nn.Sequential):
+    """Density estimation (DE) network, Eq. 2: responsibilities of K mixture components for an embedding.
+
+    A multi-layer perceptron Z -> 128 -> 64 -> 32 -> K with LeakyReLU 0.1 and a softmax.
+
+    Args:
+        num_components (int): Number K of mixture components. Defaults to ``10``.
+        embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
+        hidden_dims (Sequence[int]): Widths of the hidden layers.
+
+    Example:
+        >>> responsibilities = DensityEstimationNetwork(num_components=4)(torch.randn(7, 64))
+        >>> responsibilities.shape, bool(torch.allclose(responsibilities.sum(-1), torch.ones(7)))
+        (torch.Size([7, 4]), True)
+    """
+
+    def __init__(
+        self,
+        num_components: int = 10,
+        embedding_dim: int = 64,
+        hidden_dims: Sequence[int] = (128, 64, 32),
+    ) -> None:
+        super().__init__(*_perceptron([embedding_dim, *hidden_dims, num_components]), nn.Softmax(dim=-1))
+        initialize_weights(self)
+
+
+class LocationPredictionNetwork(nn.Module):
+    """Location prediction (LP) network, Eq. 7: which of the eight neighbours of a patch is another one?
+
+    A multi-layer perceptron Z -> 128 -> 128 -> 8 with LeakyReLU 0.1 on the difference of two embeddings.
+
+    Args:
+        embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
+        hidden_dims (Sequence[int]): Widths of the hidden layers.
+
+    Example:
+        >>> LocationPredictionNetwork()(torch.randn(36, 64), torch.randn(36, 64)).shape
+        torch.Size([36, 8])
+    """
+
+    def __init__(self, embedding_dim: int = 64, hidden_dims: Sequence[int] = (128, 128)) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*_perceptron([embedding_dim, *hidden_dims, 8]))
+        initialize_weights(self)
+
+    def forward(self, embeddings: torch.Tensor, neighbor_embeddings: torch.Tensor) -> torch.Tensor:
+        """Predict where the neighbour lies.
+
+        Args:
+            embeddings (torch.Tensor): Embeddings ``z`` of the centre patches, ``[N, Z]``.
+            neighbor_embeddings (torch.Tensor): Embeddings ``z'`` of one neighbour of each, ``[N, Z]``.
+
+        Returns:
+            torch.Tensor: Logits ``[N, 8]`` over :data:`anomalib_pedenet.patches.NEIGHBOR_DIRECTIONS`.
+        """
+        return self.layers(embeddings - neighbor_embeddings)
+
+
+def _perceptron(widths: Sequence[int]) -> list[nn.Module]:
+    """Return the layers of a multi-layer perceptron, with LeakyReLU 0.1 between them and none after the last."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.LeakyReLU(NEGATIVE_SLOPE)]
+    return layers[:-1]

@@ -1,0 +1,147 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""From a batch of training images to the embeddings that the losses see, densely or patch by patch.
+
+*Dense* training evaluates the networks on crops, so that thousands of overlapping patches share their computation; two
+independently disturbed views of each crop keep location prediction from reading the crop's own disturbance. *Patch by
+patch* is the paper's way: every patch is cut, disturbed and embedded by itself.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from anomalib_pedenet.networks import PatchEmbeddingNetwork
+from anomalib_pedenet.patches import (
+    BASE_STRIDE,
+    disturb,
+    extract_patches,
+    gather_embeddings,
+    sample_neighbor_pairs,
+    sample_positions,
+)
+
+
+class EmbeddingSample(NamedTuple):
+    """What one training step needs at one scale.
+
+    Attributes:
+        embeddings (torch.Tensor): Embeddings for the density, ``[N, Z]``.
+        centers (torch.Tensor): Embeddings z of the centre patches of M pairs, ``[M, Z]``.
+        neighbors (torch.Tensor): Embeddings z' of their neighbours, ``[M, Z]``.
+        directions (torch.Tensor): Where the neighbours lie, int64 ``[M]`` in 0..7.
+    """
+
+    embeddings: torch.Tensor
+    centers: torch.Tensor
+    neighbors: torch.Tensor
+    directions: torch.Tensor
+
+
+def sample_dense(
+    network: PatchEmbeddingNetwork,
+    images: torch.Tensor,
+    patch_sizes: Sequence[int],
+    num_crops: int = 4,
+    crop_size: int = 128,
+    num_patches: int = 1024,
+    num_pairs: int = 1024,
+    color_shift: float = 0.1,
+    noise: float = 0.1,
+) -> dict[int, EmbeddingSample]:
+    """Embed random crops densely and draw patches and pairs from the result.
+
+    Args:
+        network (PatchEmbeddingNetwork): The PE network.
+        images (torch.Tensor): Pre-processed images ``[B, C, H, W]``.
+        patch_sizes (Sequence[int]): Scales to sample.
+        num_crops (int): Crops, each from another image as far as there are enough.
+        crop_size (int): Side of a crop in pixels; smaller images are taken whole.
+        num_patches (int): Patches N for the density, over both views of all crops.
+        num_pairs (int): Pairs M for location prediction, over all crops (rounded up to the same number for each).
+        color_shift (float): See :func:`anomalib_pedenet.patches.disturb`.
+        noise (float): See :func:`anomalib_pedenet.patches.disturb`.
+
+    Returns:
+        dict[int, EmbeddingSample]: A sample for each patch size.
+
+    Raises:
+        ValueError: If the crops are too small for a pair of patches.
+    """
+    device = images.device
+    crop = (min(crop_size, images.shape[-2]), min(crop_size, images.shape[-1]))
+    # A permutation, repeated as often as needed, spreads the crops evenly over the images.
+    indices = torch.randperm(len(images), device=device).repeat(-(-num_crops // len(images)))[:num_crops]
+    crops = extract_patches(images, indices, sample_positions(num_crops, images.shape[-2:], crop, device), crop)
+    views = torch.cat([disturb(crops, color_shift, noise) for _ in range(2)])
+    grids = network.embed_dense(
+        views.contiguous(memory_format=torch.channels_last),
+        stride=BASE_STRIDE,
+        patch_sizes=patch_sizes,
+    )
+
+    samples: dict[int, EmbeddingSample] = {}
+    for size, grid in grids.items():
+        pairs = sample_neighbor_pairs((num_crops, -(-num_pairs // num_crops)), crop, size, BASE_STRIDE, device)
+        first, second = grid.chunk(2)  # the two views, [num_crops, Z, h, w] each
+        chosen = torch.randint(len(views) * grid[0, 0].numel(), (num_patches,), device=device)
+        samples[size] = EmbeddingSample(
+            embeddings=grid.permute(0, 2, 3, 1).flatten(0, 2)[chosen],
+            centers=gather_embeddings(first, pairs.positions, BASE_STRIDE).flatten(0, 1),
+            neighbors=gather_embeddings(second, pairs.neighbor_positions, BASE_STRIDE).flatten(0, 1),
+            directions=pairs.directions.flatten(),
+        )
+    return samples
+
+
+def sample_patches(
+    network: PatchEmbeddingNetwork,
+    images: torch.Tensor,
+    patch_sizes: Sequence[int],
+    num_patches: int = 128,
+    num_pairs: int = 36,
+    color_shift: float = 0.1,
+    noise: float = 0.1,
+) -> dict[int, EmbeddingSample]:
+    """Cut random patches and pairs of neighbouring patches and embed each by itself, as the paper does.
+
+    Args:
+        network (PatchEmbeddingNetwork): The PE network.
+        images (torch.Tensor): Pre-processed images ``[B, C, H, W]``.
+        patch_sizes (Sequence[int]): Scales to sample.
+        num_patches (int): Patches N for the density. Defaults to the paper's ``128``.
+        num_pairs (int): Pairs M for location prediction. Defaults to the paper's ``36``.
+        color_shift (float): See :func:`anomalib_pedenet.patches.disturb`.
+        noise (float): See :func:`anomalib_pedenet.patches.disturb`.
+
+    Returns:
+        dict[int, EmbeddingSample]: A sample for each patch size.
+
+    Raises:
+        ValueError: If the images are too small for a pair of patches.
+    """
+    image_size, device = tuple(images.shape[-2:]), images.device
+    samples: dict[int, EmbeddingSample] = {}
+    for size in patch_sizes:
+        pairs = sample_neighbor_pairs(num_pairs, image_size, size, device=device)
+        pair_indices = torch.randint(len(images), (num_pairs,), device=device)
+        patches = extract_patches(
+            images,
+            torch.cat([torch.randint(len(images), (num_patches,), device=device), pair_indices, pair_indices]),
+            torch.cat(
+                [
+                    sample_positions(num_patches, image_size, (size, size), device),
+                    pairs.positions,
+                    pairs.neighbor_positions,
+                ]
+            ),
+            (size, size),
+        )
+        embeddings = network(disturb(patches, color_shift, noise).contiguous(memory_format=torch.channels_last))
+        samples[size] = EmbeddingSample(
+            *embeddings.split([num_patches, num_pairs, num_pairs]),
+            directions=pairs.directions,
+        )
+    return samples

@@ -1,0 +1,178 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The PEDENet model: images to anomaly maps.
+
+Data flows one way: images -> embeddings (:mod:`anomalib_pedenet.networks`) -> patch scores
+(:mod:`anomalib_pedenet.scorers`) -> pixels (:mod:`anomalib_pedenet.anomaly_map`). :meth:`PedenetModel.forward` is the
+very graph that is exported.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.data.utils.tiler import Tiler
+from torch import nn
+
+from anomalib_pedenet.anomaly_map import Combination, combine_maps, scores_to_map
+from anomalib_pedenet.networks import DensityEstimationNetwork, LocationPredictionNetwork, PatchEmbeddingNetwork
+from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
+from anomalib_pedenet.scorers import NearestNeighborScorer
+
+
+class PedenetModel(nn.Module):
+    """PEDENet: the networks, a scorer for each scale, and the anomaly map.
+
+    Args:
+        patch_sizes (Sequence[int]): Scales that are trained and scored: 64 for the paper's patches, 32 for the
+            sub-patches that the small encoder embeds on the way, or both. Defaults to ``(32, 64)``.
+        stride (int): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2.
+            Defaults to ``8``.
+        combination (Combination): How the maps of two scales become one, see
+            :func:`anomalib_pedenet.anomaly_map.combine_maps`. Defaults to ``"product"``.
+        bank_size (int): Largest number of rows of each scale's memory bank. Defaults to ``20_000``.
+        embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
+        num_components (int): Number K of mixture components of the DE network. Defaults to ``10``.
+        seed (int): Seed of the memory bank's subset. Defaults to ``0``.
+
+    Attributes:
+        tiler (Tiler | None): Set by anomalib's ``TilerConfigurationCallback`` to score large images tile by tile.
+
+    Example:
+        >>> model = PedenetModel(patch_sizes=(64,)).eval()
+        >>> model.fit([torch.rand(4, 3, 128, 128)])
+        >>> predictions = model(torch.rand(2, 3, 128, 160))
+        >>> predictions.pred_score.shape, predictions.anomaly_map.shape
+        (torch.Size([2]), torch.Size([2, 1, 128, 160]))
+    """
+
+    def __init__(
+        self,
+        patch_sizes: Sequence[int] = (SUB_PATCH_SIZE, PATCH_SIZE),
+        stride: int = 8,
+        combination: Combination = "product",
+        bank_size: int = 20_000,
+        embedding_dim: int = 64,
+        num_components: int = 10,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.patch_sizes = tuple(sorted(patch_sizes))
+        self.stride = stride
+        self.combination = combination
+        self.tiler: Tiler | None = None
+
+        # Location prediction learns only from inputs of about unit variance, which ImageNet's statistics give to
+        # colourful photographs but not to, say, grey surfaces of low contrast: the training images' own do.
+        self.register_buffer("input_mean", torch.zeros(3, 1, 1))
+        self.register_buffer("input_std", torch.ones(()))
+        self.embedding_network = PatchEmbeddingNetwork(embedding_dim)
+        self.density_networks = nn.ModuleDict(
+            {str(size): DensityEstimationNetwork(num_components, embedding_dim) for size in self.patch_sizes},
+        )
+        self.location_networks = nn.ModuleDict(
+            {str(size): LocationPredictionNetwork(embedding_dim) for size in self.patch_sizes},
+        )
+        self.scorers = nn.ModuleDict(
+            {str(size): NearestNeighborScorer(embedding_dim, bank_size, seed) for size in self.patch_sizes},
+        )
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether every scale's scorer has been fitted."""
+        return all(scorer.is_fitted for scorer in self.scorers.values())
+
+    def check_is_fitted(self) -> None:
+        """Check that there is a memory bank to score with.
+
+        Raises:
+            RuntimeError: If there is none.
+        """
+        if not self.is_fitted:
+            msg = (
+                "Pedenet has no memory bank yet, so it can neither score images nor be exported: train it first "
+                "(anomalib train), or load a trained checkpoint (--ckpt_path)."
+            )
+            raise RuntimeError(msg)
+
+    @torch.no_grad()
+    def fit_standardization(self, images: torch.Tensor) -> None:
+        """Take the mean of each channel and the standard deviation over all channels from normal images.
+
+        Args:
+            images (torch.Tensor): Pre-processed normal images ``[B, 3, H, W]``.
+        """
+        self.input_mean = images.mean(dim=(0, 2, 3)).to(self.input_mean)[:, None, None]
+        std = (images - images.mean(dim=(0, 2, 3), keepdim=True)).square().mean().sqrt()
+        self.input_std = std.clamp(min=1e-3).to(self.input_std)  # constant images have none
+
+    def standardize(self, images: torch.Tensor) -> torch.Tensor:
+        """Scale pre-processed images to zero mean and unit variance, by the training images' statistics.
+
+        Args:
+            images (torch.Tensor): Pre-processed images ``[B, 3, H, W]``.
+
+        Returns:
+            torch.Tensor: Standardised images of the same shape, which the embedding network expects.
+        """
+        return (images - self.input_mean) / self.input_std
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[torch.Tensor], stride: int | None = None) -> None:
+        """Fit the scorers on normal images, in one pass.
+
+        Args:
+            batches (Iterable[torch.Tensor]): Pre-processed normal images ``[B, 3, H, W]``.
+            stride (int | None): Distance between the patches taken from them, in pixels. Defaults to the model's.
+
+        Raises:
+            ValueError: If there are no images, or an embedding is not finite.
+        """
+        for scorer in self.scorers.values():
+            scorer.reset()
+        for images in batches:
+            for size, grid in self._embed(self._tile(images), stride or self.stride).items():
+                self.scorers[str(size)].update(grid.flatten(2).transpose(1, 2).flatten(0, 1))  # [B * h * w, Z]
+        for scorer in self.scorers.values():
+            scorer.finalize()
+
+    def forward(self, images: torch.Tensor) -> InferenceBatch:
+        """Score images.
+
+        Args:
+            images (torch.Tensor): Pre-processed images ``[B, 3, H, W]``, at least as large as a patch.
+
+        Returns:
+            InferenceBatch: ``anomaly_map [B, 1, H, W]``, the mean score of the patches covering each pixel, in units
+                of a normal patch's typical score, and ``pred_score [B]``, its maximum. Both are detached.
+
+        Raises:
+            RuntimeError: If the memory bank is empty.
+            ValueError: If the images are smaller than a patch.
+        """
+        self.check_is_fitted()
+        with torch.no_grad():
+            tiles = self._tile(images)
+            maps = []
+            for size, grid in self._embed(tiles, self.stride).items():
+                scorer = self.scorers[str(size)]
+                distances = scorer(grid.flatten(2).transpose(1, 2)).unflatten(1, grid.shape[-2:])  # [B, h, w]
+                maps.append(scores_to_map(distances / scorer.typical_score, tiles.shape[-2:], size, self.stride))
+            anomaly_map = combine_maps(maps, self.combination)
+            if self.tiler is not None:
+                anomaly_map = self.tiler.untile(anomaly_map)
+            return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
+
+    def _embed(self, images: torch.Tensor, stride: int) -> dict[int, torch.Tensor]:
+        """Return the embeddings ``[B, Z, h, w]`` of all patches of pre-processed images, for each patch size."""
+        images = self.standardize(images)
+        if torch.jit.is_tracing() or torch.compiler.is_compiling() or images.device.type != "cpu":
+            return self.embedding_network.embed_dense(images, stride, self.patch_sizes)
+        # One by one, the feature maps of images stay in a CPU's cache: twice as fast as a batch of 32, and less memory.
+        grids = [self.embedding_network.embed_dense(image, stride, self.patch_sizes) for image in images.split(1)]
+        return {size: torch.cat([grid[size] for grid in grids]) for size in self.patch_sizes}
+
+    def _tile(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the images' tiles if a tiler is set, else the images."""
+        return images if self.tiler is None else self.tiler.tile(images)

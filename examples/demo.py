@@ -1,0 +1,213 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Train, test and use Pedenet with anomalib's own command line, on the embedded demo data set.
+
+The script makes the data set (see ``demo_data.py``) and then runs three stock commands, each printed as it is run, so
+that you can repeat it in your shell: ``anomalib train``, ``anomalib test`` from the checkpoint, and
+``anomalib predict`` on the folder of test images. At the end it draws a sheet of examples, using anomalib from Python,
+and prints the scores.
+
+Example:
+    ``python examples/demo.py --category gravel --max-steps 600``
+"""
+
+import argparse
+import csv
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from demo_data import DEFECTS, SURFACES, make_demo_dataset
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+MODEL = "Pedenet"
+# One pass over the sixty training tiles, as Pedenet makes four steps for each image: a few minutes on two CPU cores.
+# Pedenet's own default is ten times that; more steps find finer defects.
+MAX_STEPS = 240
+
+console = Console()
+
+
+class Outcome(NamedTuple):
+    """What the demo found out about one category."""
+
+    category: str
+    pixel_auroc: float
+    image_auroc: float
+    train_seconds: float
+    total_seconds: float
+    pictures: Path
+    predictions: Path
+    sheet: Path
+
+
+def run_category(category: str, root: Path, results: Path, max_steps: int) -> Outcome:
+    """Train, test and predict on one category.
+
+    Args:
+        category: Category of the demo data set.
+        root: Folder of the data set.
+        results: Folder for everything that is written.
+        max_steps: Number of training steps.
+
+    Returns:
+        Scores, durations, and where the pictures are.
+    """
+    start = time.perf_counter()
+    model = ["--model", MODEL]
+    # Sixty small images are read faster than worker processes start.
+    data = ["--data", "MVTecAD", "--data.root", str(root), "--data.category", category, "--data.num_workers", "0"]
+    run_folder = results / MODEL / "MVTecAD" / category / "latest"
+    checkpoint = run_folder / "weights" / "lightning" / "model.ckpt"
+
+    console.rule(f"{category}: train on normal images only")
+    run("train", *model, "--model.max_steps", str(max_steps), *data, "--default_root_dir", str(results))
+    train_seconds = time.perf_counter() - start
+
+    console.rule(f"{category}: test the checkpoint")
+    from_checkpoint = ["--ckpt_path", str(checkpoint)]
+    csv_logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(results)]
+    csv_logger += ["--trainer.logger.name", "metrics", "--trainer.logger.version", category]
+    run("test", *model, *data, "--default_root_dir", str(results), *from_checkpoint, *csv_logger)
+    metrics = read_metrics(results / "metrics" / category / "metrics.csv")
+
+    console.rule(f"{category}: predict a folder of images")
+    predict_root = results / "predictions" / category
+    images = str(root / category / "test")
+    run("predict", *model, "--data", images, "--default_root_dir", str(predict_root), *from_checkpoint)
+
+    console.rule(f"{category}: draw examples")
+    sheet = results / f"{category}.png"
+    draw_sheet(category, root, checkpoint, sheet)
+    return Outcome(
+        category,
+        metrics["pixel_AUROC"],
+        metrics["image_AUROC"],
+        train_seconds,
+        time.perf_counter() - start,
+        pictures=run_folder / "images",
+        predictions=predict_root / MODEL / "latest" / "images",
+        sheet=sheet,
+    )
+
+
+def run(*arguments: str) -> None:
+    """Print an ``anomalib`` command and run it, or end the demo if it fails.
+
+    Raises:
+        SystemExit: If anomalib is not installed beside this Python, or if the command fails.
+    """
+    # The demo may be run without activating its environment: look beside the interpreter, not along PATH.
+    program = shutil.which("anomalib", path=Path(sys.executable).parent)
+    if program is None:
+        sys.exit(f"error: there is no anomalib command beside {sys.executable}. Run `make setup`, then `make demo`.")
+    command = ["anomalib", *arguments]
+    console.print(f"$ {shlex.join(command)}\n", style="bold", markup=False, highlight=False, soft_wrap=True)
+    status = subprocess.run(command, executable=program, check=False).returncode  # noqa: S603 - our own command
+    if status != 0:
+        sys.exit(f"error: `anomalib {arguments[0]}` failed with exit status {status}; its own message is above.")
+
+
+def read_metrics(path: Path) -> dict[str, float]:
+    """Read the one row that ``CSVLogger`` writes in a test."""
+    with path.open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    return {name: float(value) for name, value in row.items()}
+
+
+def draw_sheet(category: str, root: Path, checkpoint: Path, path: Path) -> None:
+    """Draw one example of each defect, and a good one: image, true defect, anomaly map and predicted outline.
+
+    Args:
+        category: Category of the demo data set.
+        root: Folder of the data set.
+        checkpoint: Checkpoint of the trained model.
+        path: PNG file to write.
+    """
+    # Imported here for a quick `--help`.
+    from anomalib.data import MVTecAD
+    from anomalib.engine import Engine
+    from anomalib.models import get_model
+
+    engine = Engine(default_root_dir=path.parent, logger=False)
+    batches = engine.predict(
+        get_model(MODEL, visualizer=False),
+        datamodule=MVTecAD(root=root, category=category, num_workers=0),
+        ckpt_path=checkpoint,
+    )
+    items = {Path(item.image_path).parent.name: item for batch in batches for item in batch}
+
+    figure = Figure(figsize=(8, 2 * (len(DEFECTS) + 1)), layout="constrained")
+    axes = figure.subplots(len(DEFECTS) + 1, 4)
+    for column, title in enumerate(("image", "true defect", "anomaly map", "predicted outline")):
+        axes[0, column].set_title(title)
+    for row, kind in zip(axes, (*DEFECTS, "good"), strict=True):
+        item = items[kind]
+        anomaly_map = item.anomaly_map.squeeze()
+        # The model has resized and normalised its copy of the image: show the file, in the size of the map.
+        image = Image.open(item.image_path).resize((anomaly_map.shape[1], anomaly_map.shape[0]))
+        for axis in row:
+            axis.imshow(image)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(f"{kind}\nscore {item.pred_score:.2f}")
+        if item.gt_mask is not None:
+            row[1].imshow(item.gt_mask.squeeze(), cmap="gray")
+        row[2].imshow(anomaly_map, cmap="jet", vmin=0, vmax=1, alpha=0.5)
+        if item.pred_mask.any():
+            row[3].contour(item.pred_mask.squeeze().float(), levels=[0.5], colors="red")
+    figure.savefig(path, dpi=100)
+
+
+def report(outcomes: list[Outcome]) -> None:
+    """Print the scores of all categories and where to find the pictures."""
+    console.rule("Results")
+    table = Table("category", "pixel AUROC", "image AUROC", "anomalib train", "in total")
+    for outcome in outcomes:
+        table.add_row(
+            outcome.category,
+            f"{outcome.pixel_auroc:.3f}",
+            f"{outcome.image_auroc:.3f}",
+            f"{outcome.train_seconds:.0f} s",
+            f"{outcome.total_seconds:.0f} s",
+        )
+    console.print(table)
+    console.print("The defects are drawn, so these scores show that everything works, not how good the method is.\n")
+    console.print("Look at", *(f"  {outcome.sheet}" for outcome in outcomes), sep="\n", soft_wrap=True)
+    console.print("and at anomalib's own pictures of every test image in")
+    for outcome in outcomes:
+        console.print(f"  {outcome.pictures} (anomalib test)", soft_wrap=True)
+        console.print(f"  {outcome.predictions} (anomalib predict)", soft_wrap=True)
+
+
+def main() -> None:
+    """Run the demo from the command line."""
+    parser = argparse.ArgumentParser(
+        description="Train, test and use Pedenet on the demo data set, with anomalib's own commands.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--category", choices=[*SURFACES, "all"], default="brick", help="surface to train on")
+    parser.add_argument("--max-steps", type=int, default=MAX_STEPS, help="training steps")
+    parser.add_argument("--root", type=Path, default=Path("demo/data"), help="folder of the data set; made if needed")
+    parser.add_argument("--results", type=Path, default=Path("demo/results"), help="folder for what is written")
+    options = parser.parse_args()
+
+    console.rule("Make the demo data set")
+    try:
+        root = make_demo_dataset(options.root)
+    except FileExistsError as error:
+        sys.exit(f"error: {error}")
+    console.print(f"Normal tiles, and tiles with drawn defects, are in {root}", soft_wrap=True)
+    categories = list(SURFACES) if options.category == "all" else [options.category]
+    report([run_category(category, root, options.results, options.max_steps) for category in categories])
+
+
+if __name__ == "__main__":
+    main()
