@@ -3,13 +3,12 @@
 
 """Make anomalib know ``Pedenet`` as soon as a program imports ``anomalib.models``.
 
-anomalib has no plugin mechanism, so the interpreter's start-up files carry the news. Python older than 3.15 runs
-``anomalib_pedenet.pth``, which leaves a small trigger on ``sys.meta_path`` and imports this module only when
-``anomalib.models`` is imported: importing a module at every interpreter start costs about 1.5 ms, the trigger a third
-of that. Python 3.15 and later ignore that line and call :func:`install`, named in ``anomalib_pedenet.start``.
+anomalib has no plugin mechanism, so the interpreter's start-up files carry the news. Both call :func:`install`:
+``anomalib_pedenet.pth`` before Python 3.15, and ``anomalib_pedenet.start`` since, where Python ignores the import
+lines of a path file that has a start file beside it.
 
-A program that never imports ``anomalib.models`` pays for nothing else, which is why nothing but ``sys`` is imported
-here at module level.
+Every interpreter imports this module when it starts, so it costs as little as a module can: it imports nothing but
+``sys``, and everything else waits for ``anomalib.models``. ``benchmarks/startup.py`` measures it.
 """
 
 import sys
@@ -30,7 +29,7 @@ class Finder:
     module's own code. The class is used as it is, without an instance.
 
     Attributes:
-        anomalib_pedenet: Tells this finder and the trigger in ``anomalib_pedenet.pth`` from everybody else's.
+        anomalib_pedenet: Tells this finder from everybody else's, also where two copies of this module are loaded.
     """
 
     anomalib_pedenet = True
@@ -64,7 +63,7 @@ class Finder:
 
 
 def install() -> None:
-    """Put :class:`Finder` first on ``sys.meta_path``, unless it or the trigger is there already.
+    """Put :class:`Finder` first on ``sys.meta_path``, unless it is there already.
 
     The check is needed: Python reads the start-up files of a virtual environment twice.
     """
@@ -103,6 +102,11 @@ def _register() -> None:
         from anomalib_pedenet.registration import register
 
         register()
+    except ModuleNotFoundError as error:
+        # Tools that run a program from an archive take site-packages off the path again: that anomalib is not the one
+        # this package was installed for.
+        if error.name != "anomalib_pedenet":
+            _warn(error)
     except Exception as error:  # noqa: BLE001
         _warn(error)
 

@@ -7,23 +7,22 @@ import copy
 import sys
 import types
 import warnings
-from collections.abc import Iterator
 
-import anomalib_pedenet
 import pytest
 from anomalib import models
 from anomalib.models import image
+
+import anomalib_pedenet
 from anomalib_pedenet.registration import MODULES, register
 
 
 @pytest.fixture(autouse=True)
-def _host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each test its own copy of what the registration changes."""
     monkeypatch.setattr(models, "ALLOWED_MODULES", copy.copy(models.ALLOWED_MODULES))
     for module in (models, image):
         monkeypatch.setattr(module, "__all__", copy.copy(module.__all__))
         monkeypatch.setattr(module, "Pedenet", module.Pedenet)
-    return
 
 
 def forget() -> None:
@@ -40,11 +39,12 @@ def names() -> list[dict[str, object]]:
 
 
 def test_register_sets_its_names_and_no_others() -> None:
-    registered = names()
     forget()
     unregistered = names()
+    allowed, listed = set(models.ALLOWED_MODULES), [list(module.__all__) for module in (models, image)]
     register()
-    assert names() == registered
+    assert models.ALLOWED_MODULES - allowed == {"anomalib_pedenet", "anomalib_pedenet.lightning_model"}
+    assert [module.__all__ for module in (models, image)] == [[*before, "Pedenet"] for before in listed]
     for now, before in zip(names(), unregistered, strict=True):
         assert now.keys() - before.keys() == {"Pedenet"}
         assert now["Pedenet"] is anomalib_pedenet.Pedenet

@@ -1,0 +1,97 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Pixel scores against the plain average over covering patches."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anomalib_pedenet.anomaly_map import averaging_matrix, combine_maps, scores_to_map
+from anomalib_pedenet.patches import grid_size
+
+
+def naive_map(scores: torch.Tensor, image_size: tuple[int, int], patch_size: int, stride: int) -> torch.Tensor:
+    """Add every patch's score to the pixels it covers and divide by how many there were; 0 / 0 where none was."""
+    total = torch.zeros(image_size, dtype=scores.dtype)
+    count = torch.zeros(image_size, dtype=scores.dtype)
+    for i in range(scores.shape[0]):
+        for j in range(scores.shape[1]):
+            rows = slice(i * stride, i * stride + patch_size)
+            columns = slice(j * stride, j * stride + patch_size)
+            total[rows, columns] += scores[i, j]
+            count[rows, columns] += 1
+    return total / count
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    height=st.integers(8, 40),
+    width=st.integers(8, 40),
+    patch_size=st.integers(2, 8),
+    stride=st.integers(1, 8),
+)
+def test_equals_the_naive_average_over_covering_patches(height: int, width: int, patch_size: int, stride: int) -> None:
+    stride = min(stride, patch_size)
+    image_size = height, width
+    scores = torch.rand(*grid_size(image_size, patch_size, stride), dtype=torch.float64)
+    expected = naive_map(scores, image_size, patch_size, stride)
+    result = scores_to_map(scores[None], image_size, patch_size, stride)[0, 0]
+    covered_rows = (scores.shape[0] - 1) * stride + patch_size
+    covered_columns = (scores.shape[1] - 1) * stride + patch_size
+    torch.testing.assert_close(result[:covered_rows, :covered_columns], expected[:covered_rows, :covered_columns])
+    # Pixels beyond the last patch repeat the last covered ones.
+    assert (result[covered_rows:] == result[covered_rows - 1]).all()
+    assert (result[:, covered_columns:] == result[:, covered_columns - 1 : covered_columns]).all()
+
+
+@pytest.mark.parametrize(("patch_size", "stride"), [(64, 8), (32, 8), (64, 2), (32, 32)])
+def test_equals_the_naive_average_at_real_sizes(patch_size: int, stride: int) -> None:
+    scores = torch.rand(*grid_size((256, 320), patch_size, stride), dtype=torch.float64)
+    expected = naive_map(scores, (256, 320), patch_size, stride)
+    torch.testing.assert_close(scores_to_map(scores[None], (256, 320), patch_size, stride)[0, 0], expected)
+
+
+def test_a_hot_patch_lands_where_it_is() -> None:
+    scores = torch.zeros(1, 25, 33)
+    scores[0, 10, 20] = 1
+    result = scores_to_map(scores, (256, 320), patch_size=64, stride=8)[0, 0]
+    rows, columns = torch.nonzero(result, as_tuple=True)
+    assert (rows.min(), rows.max()) == (80, 80 + 63)
+    assert (columns.min(), columns.max()) == (160, 160 + 63)
+    assert result[80 + 32, 160 + 32] == result.max()
+
+
+def test_constant_scores_give_a_constant_map() -> None:
+    torch.testing.assert_close(scores_to_map(torch.full((2, 8, 9), 3.0), (95, 99), 32, 8), torch.full((2, 1, 95, 99), 3.0))
+
+
+def test_rows_of_the_matrix_sum_to_one() -> None:
+    torch.testing.assert_close(averaging_matrix(251, 64, 10).sum(dim=1), torch.ones(251))
+
+
+def test_scores_off_the_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be \(25, 25\), got \(24, 25\)"):
+        scores_to_map(torch.zeros(1, 24, 25), (256, 256), 64, 8)
+
+
+def test_images_smaller_than_a_patch_are_refused() -> None:
+    with pytest.raises(ValueError, match="40x256 px, smaller than a patch of 64x64"):
+        scores_to_map(torch.zeros(1, 1, 25), (40, 256), 64, 8)
+
+
+def test_product_is_the_geometric_mean_and_mean_the_arithmetic() -> None:
+    maps = [torch.tensor([1.0, 4.0]), torch.tensor([4.0, 9.0])]
+    torch.testing.assert_close(combine_maps(maps, "product"), torch.tensor([2.0, 6.0]))
+    torch.testing.assert_close(combine_maps(maps, "mean"), torch.tensor([2.5, 6.5]))
+
+
+@pytest.mark.parametrize("combination", ["product", "mean"])
+def test_one_map_stays_as_it_is(combination: str) -> None:
+    torch.testing.assert_close(combine_maps([torch.tensor([0.0, 2.0])], combination), torch.tensor([0.0, 2.0]))  # type: ignore[arg-type]
+
+
+def test_unknown_combination_is_refused() -> None:
+    with pytest.raises(ValueError, match="'product' or 'mean', got 'max'"):
+        combine_maps([torch.zeros(1)], "max")  # type: ignore[arg-type]

@@ -1,0 +1,86 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The joint loss against the equations written out."""
+
+import math
+
+import pytest
+import torch
+
+from anomalib_pedenet.loss import PedenetLoss, covariance_regularization, density_loss, location_loss
+from anomalib_pedenet.mixture import GaussianMixture, estimate_mixture, log_density
+
+
+def make_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(40, 8, generator=generator, dtype=torch.float32),
+        torch.randn(40, 3, generator=generator).softmax(dim=1),
+        torch.randn(36, 8, generator=generator),
+        torch.randint(8, (36,), generator=generator),
+    )
+
+
+def test_both_readings_of_the_density_loss() -> None:
+    log_densities = torch.tensor([-1.0, -2.0, -4.0], dtype=torch.float64)
+    assert density_loss(log_densities, "dagmm").item() == pytest.approx(7 / 3)
+    expected = -math.log(math.exp(-1) + math.exp(-2) + math.exp(-4)) / 3
+    assert density_loss(log_densities, "paper").item() == pytest.approx(expected)
+
+
+def test_the_papers_reading_survives_densities_that_underflow() -> None:
+    assert density_loss(torch.tensor([-2000.0, -2001.0]), "paper").item() == pytest.approx(999.8434, abs=1e-3)
+
+
+def test_location_loss_of_an_undecided_network_is_log_8() -> None:
+    assert location_loss(torch.zeros(5, 8), torch.arange(5)).item() == pytest.approx(math.log(8))
+
+
+def test_location_loss_is_the_cross_entropy() -> None:
+    _, _, logits, directions = make_inputs()
+    expected = -sum(row.softmax(0)[k].log() for row, k in zip(logits, directions, strict=True)) / 36
+    torch.testing.assert_close(location_loss(logits, directions), expected)
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_regularization_sums_inverse_variances(is_full: bool) -> None:
+    variances = torch.tensor([[0.5, 2.0], [4.0, 0.25]])
+    covariances = torch.diag_embed(variances) + 0.1 * (1 - torch.eye(2)) if is_full else variances
+    mixture = GaussianMixture(torch.full((2,), 0.5), torch.zeros(2, 2), covariances)
+    assert covariance_regularization(mixture).item() == pytest.approx(2 + 0.5 + 0.25 + 4)
+
+
+def test_total_is_the_weighted_sum() -> None:
+    embeddings, responsibilities, logits, directions = make_inputs()
+    terms = PedenetLoss(0.5, 2.0, 1e-3)(embeddings, responsibilities, logits, directions)
+    mixture = estimate_mixture(embeddings, responsibilities)
+    torch.testing.assert_close(terms.density, -log_density(embeddings, mixture).mean())
+    torch.testing.assert_close(terms.location, location_loss(logits, directions))
+    torch.testing.assert_close(terms.regularization, covariance_regularization(mixture))
+    torch.testing.assert_close(terms.total, 0.5 * terms.density + 2 * terms.location + 1e-3 * terms.regularization)
+
+
+def test_warm_up_scales_the_density_terms_only() -> None:
+    inputs = make_inputs()
+    loss = PedenetLoss(0.5, 2.0, 1e-3)
+    full, half, none = (loss(*inputs, density_scale=scale) for scale in (1.0, 0.5, 0.0))
+    torch.testing.assert_close(half.total, (full.total + none.total) / 2)
+    torch.testing.assert_close(none.total, 2 * none.location)
+
+
+@pytest.mark.parametrize(("lambda_den", "lambda_lpn"), [(0.0, 1.0), (1.0, 0.0)])
+def test_a_weight_of_zero_leaves_the_term_out(lambda_den: float, lambda_lpn: float) -> None:
+    embeddings, responsibilities, logits, directions = make_inputs()
+    embeddings.requires_grad_()
+    logits.requires_grad_()
+    terms = PedenetLoss(lambda_den, lambda_lpn, 0.1)(embeddings, responsibilities, logits, directions)
+    terms.total.backward()
+    assert (embeddings.grad is None) == (lambda_den == 0)
+    assert (logits.grad is None) == (lambda_lpn == 0)
+    assert (terms.density == 0) == (lambda_den == 0)
+
+
+def test_unknown_reading_is_refused() -> None:
+    with pytest.raises(ValueError, match="'dagmm' or 'paper', got 'other'"):
+        density_loss(torch.zeros(3), "other")  # type: ignore[arg-type]
