@@ -228,8 +228,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         if stage == "fit" and train_data is not None and len(train_data) < MIN_TRAINING_IMAGES:
             msg = (
                 f"The training set {getattr(train_data, 'name', '')} has {len(train_data)} normal image(s), but "
-                f"Pedenet needs at least {MIN_TRAINING_IMAGES} to learn what varies between good parts: add images to the "
-                "folder of normal training images (20 or more are recommended)."
+                f"Pedenet needs at least {MIN_TRAINING_IMAGES} to learn what varies between good parts: add images to "
+                "the folder of normal training images (20 or more are recommended)."
             )
             raise ValueError(msg)
 
@@ -355,7 +355,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         num_batches = trainer.num_training_batches
         if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(num_batches):
             batch_size = getattr(trainer.train_dataloader, "batch_size", None) or 1
-            num_images = min(num_batches * batch_size, _num_images(trainer.train_dataloader))
+            num_images = min(num_batches * batch_size, len(trainer.train_dataloader.dataset))
             limits.append(trainer.max_epochs * num_images * self.hparams.steps_per_image)
         return max(1, min(limits))
 
@@ -472,7 +472,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
                 raise ValueError(msg)
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]  # as AnomalibModule declares it
+    def load_from_checkpoint(
         cls,
         checkpoint_path: str | Path,
         map_location: _MAP_LOCATION_TYPE = None,
@@ -653,8 +653,3 @@ def _without_augmentation(dataset: Dataset) -> Dataset:
     if hasattr(view, "augmentations"):
         view.augmentations = None
     return view
-
-
-def _num_images(loader: DataLoader) -> int:
-    """Return the number of images of a loader's data set."""
-    return len(loader.dataset)

@@ -140,8 +140,6 @@ def sample_patches(
             (size, size),
         )
         embeddings = network(disturb(patches, color_shift, noise).contiguous(memory_format=torch.channels_last))
-        samples[size] = EmbeddingSample(
-            *embeddings.split([num_patches, num_pairs, num_pairs]),
-            directions=pairs.directions,
-        )
+        density, centers, neighbors = embeddings.split([num_patches, num_pairs, num_pairs])
+        samples[size] = EmbeddingSample(density, centers, neighbors, pairs.directions)
     return samples

@@ -47,6 +47,9 @@ class PedenetModel(nn.Module):
         (torch.Size([2]), torch.Size([2, 1, 128, 160]))
     """
 
+    input_mean: torch.Tensor
+    input_std: torch.Tensor
+
     def __init__(
         self,
         patch_sizes: Sequence[int] = (SUB_PATCH_SIZE, PATCH_SIZE),

@@ -3,6 +3,7 @@
 
 """Exact nearest-neighbour scorer (Eq. 12): the distance of an embedding to the nearest one in a memory bank."""
 
+from functools import reduce
 from typing import ClassVar
 
 import numpy as np
@@ -18,12 +19,49 @@ _CHUNK_ELEMENTS = 2**24
 _TYPICAL_ROWS = 1_024
 
 
+class UniformSubset:
+    """A uniform random subset, without replacement, of rows that stream in.
+
+    Each row gets a random key and those with the smallest keys stay, in the order of arrival. Memory is bounded by the
+    subset and a batch, and the result depends neither on batch sizes nor on knowing the number of rows beforehand.
+
+    Args:
+        size (int): Largest number of rows.
+        seed (int): Seed of the keys.
+
+    Attributes:
+        rows (torch.Tensor): The subset so far, ``[n, Z]`` on the CPU.
+        keys (np.ndarray): Its rows' keys, ``[n]`` in [0, 1).
+    """
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        self.size = size
+        self.keys = np.zeros(0)
+        self.rows = torch.zeros(0)
+        self._generator = np.random.default_rng(seed)
+
+    def update(self, rows: torch.Tensor) -> None:
+        """Take in more rows.
+
+        Args:
+            rows (torch.Tensor): ``[N, Z]`` rows, on any device.
+        """
+        keys = self._generator.random(len(rows))
+        if len(self.keys) == self.size:  # only rows that displace one of the subset are worth copying
+            candidates = np.flatnonzero(keys < self.keys.max())
+            keys, rows = keys[candidates], rows[torch.from_numpy(candidates).to(rows.device)]
+        keys = np.concatenate([self.keys, keys])
+        rows = torch.cat([self.rows.reshape(-1, rows.shape[1]).to(rows.dtype), rows.cpu()])
+        if len(keys) > self.size:
+            kept = np.sort(np.argpartition(keys, self.size)[: self.size])
+            keys, rows = keys[kept], rows[torch.from_numpy(kept)]
+        self.keys, self.rows = keys, rows
+
+
 class NearestNeighborScorer(Scorer):
     """Euclidean distance to the nearest normal embedding, exactly.
 
-    The bank is a uniform random subset of the normal embeddings, drawn while they stream in: each gets a random key
-    and those with the smallest keys stay, so memory is bounded by ``bank_size`` and the result depends neither on
-    batch sizes nor on knowing the number of embeddings beforehand.
+    The bank is a :class:`UniformSubset` of the normal embeddings.
 
     The search is chunked matrix arithmetic: ``min_b |q - b|^2 = |q|^2 - 2 max_b (q.b - |b|^2 / 2)``. Bank and queries
     are taken relative to the bank's mean, which keeps the cancellation in that expression small: in float32 distances
@@ -59,7 +97,7 @@ class NearestNeighborScorer(Scorer):
         self.register_buffer("bank", torch.zeros(0, embedding_dim))  # [M, Z], relative to `mean`
         self.register_buffer("half_norms", torch.zeros(0))  # |b|^2 / 2, [M]
         self.register_buffer("mean", torch.zeros(embedding_dim))  # [Z]
-        self.reset()
+        self._subset: UniformSubset | None = None  # of a fit under way
 
     @property
     def is_fitted(self) -> bool:
@@ -68,9 +106,7 @@ class NearestNeighborScorer(Scorer):
 
     def reset(self) -> None:
         """Start a new fit; the present bank stays in use until :meth:`finalize`."""
-        self._generator = np.random.default_rng(self.seed)
-        self._keys = np.zeros(0)
-        self._rows = torch.zeros(0, self.bank.shape[1])
+        self._subset = UniformSubset(self.bank_size, self.seed)
 
     def update(self, embeddings: torch.Tensor) -> None:
         """Take in a batch of normal embeddings and keep a uniform subset of all so far.
@@ -80,23 +116,18 @@ class NearestNeighborScorer(Scorer):
 
         Raises:
             ValueError: If the shape is wrong or a value is not finite.
+            RuntimeError: If no fit was started.
         """
         if embeddings.ndim != 2 or embeddings.shape[1] != self.bank.shape[1]:
             msg = f"Embeddings must be [N, {self.bank.shape[1]}], got {tuple(embeddings.shape)}."
             raise ValueError(msg)
-        keys = self._generator.random(len(embeddings))
-        if len(self._keys) >= self.bank_size:  # only rows that displace one of those kept need to be looked at
-            candidates = np.flatnonzero(keys < self._keys.max())
-            keys, embeddings = keys[candidates], embeddings[torch.from_numpy(candidates).to(embeddings.device)]
         if not bool(torch.isfinite(embeddings).all()):
             msg = "Embeddings of normal images are NaN or infinite; the training diverged: lower the learning_rate."
             raise ValueError(msg)
-        keys = np.concatenate([self._keys, keys])
-        rows = torch.cat([self._rows, embeddings.detach().float().cpu()])
-        if len(keys) > self.bank_size:
-            kept = np.sort(np.argpartition(keys, self.bank_size)[: self.bank_size])  # in the order of arrival
-            keys, rows = keys[kept], rows[torch.from_numpy(kept)]
-        self._keys, self._rows = keys, rows
+        if self._subset is None:
+            msg = "Call reset() before update(), to start a fit."
+            raise RuntimeError(msg)
+        self._subset.update(embeddings.detach().to(self.bank.dtype))
 
     def finalize(self) -> None:
         """Put the subset to use as the bank.
@@ -104,15 +135,15 @@ class NearestNeighborScorer(Scorer):
         Raises:
             ValueError: If no embeddings came in since :meth:`reset`.
         """
-        if not len(self._rows):
+        if self._subset is None or not len(self._subset.keys):
             msg = "The memory bank needs at least one normal embedding, got none: is the training set empty?"
             raise ValueError(msg)
-        rows = self._rows.to(self.mean)
+        rows = self._subset.rows.to(self.mean)
         self.mean = rows.mean(dim=0)
         self.bank = rows - self.mean
         self.half_norms = self.bank.square().sum(dim=1) / 2
         self.typical_score = self._typical_score().to(self.typical_score)
-        self.reset()
+        self._subset = None
 
     def forward(self, queries: torch.Tensor) -> torch.Tensor:
         """Return each query's distance to the nearest row of the bank.
@@ -144,10 +175,12 @@ class NearestNeighborScorer(Scorer):
     def _nearest(self, queries: torch.Tensor) -> torch.Tensor:
         """Return the distances ``[..., P]`` of one chunk of centred queries ``[..., P, Z]``."""
         tile_rows = self._tile_rows(queries)
-        similarity = None  # max_b (q.b - |b|^2 / 2), [..., P]
-        for rows, half_norms in zip(self.bank.split(tile_rows), self.half_norms.split(tile_rows), strict=True):
-            tile = (queries @ rows.T - half_norms).amax(dim=-1)
-            similarity = tile if similarity is None else torch.maximum(similarity, tile)
+        tiles = zip(self.bank.split(tile_rows), self.half_norms.split(tile_rows), strict=True)
+        # max_b (q.b - |b|^2 / 2), [..., P]
+        similarity = reduce(
+            torch.maximum,
+            ((queries @ rows.T - half_norms).amax(dim=-1) for rows, half_norms in tiles),
+        )
         return (queries.square().sum(dim=-1) - 2 * similarity).clamp(min=0).sqrt()
 
     def _typical_score(self) -> torch.Tensor:

@@ -64,7 +64,9 @@ def test_a_hot_patch_lands_where_it_is() -> None:
 
 
 def test_constant_scores_give_a_constant_map() -> None:
-    torch.testing.assert_close(scores_to_map(torch.full((2, 8, 9), 3.0), (95, 99), 32, 8), torch.full((2, 1, 95, 99), 3.0))
+    torch.testing.assert_close(
+        scores_to_map(torch.full((2, 8, 9), 3.0), (95, 99), 32, 8), torch.full((2, 1, 95, 99), 3.0)
+    )
 
 
 def test_rows_of_the_matrix_sum_to_one() -> None:

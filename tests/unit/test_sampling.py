@@ -1,0 +1,75 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Sampling for a training step: what the dense way gives must be what the patch-by-patch way gives."""
+
+import pytest
+import torch
+
+from anomalib_pedenet import sampling
+from anomalib_pedenet.networks import PatchEmbeddingNetwork
+from anomalib_pedenet.patches import NEIGHBOR_DIRECTIONS, sample_neighbor_pairs
+from anomalib_pedenet.sampling import sample_dense, sample_patches
+
+
+@pytest.fixture
+def network() -> PatchEmbeddingNetwork:
+    torch.manual_seed(0)
+    return PatchEmbeddingNetwork()
+
+
+@pytest.mark.parametrize("num_images", [1, 3, 6])
+def test_shapes_and_gradients(network: PatchEmbeddingNetwork, num_images: int) -> None:
+    images = torch.randn(num_images, 3, 130, 150)
+    dense = sample_dense(network, images, (32, 64), num_crops=4, num_patches=50, num_pairs=30)
+    separate = sample_patches(network, images, (32, 64), num_patches=50, num_pairs=30)
+    for samples, num_pairs in ((dense, 32), (separate, 30)):  # 30 pairs over 4 crops are 8 each
+        for sample in samples.values():
+            assert sample.embeddings.shape == (50, 64)
+            assert sample.centers.shape == sample.neighbors.shape == (num_pairs, 64)
+            assert sample.directions.shape == (num_pairs,)
+        sum(sample.centers.sum() for sample in samples.values()).backward()
+        assert all(p.grad is not None for p in network.small_encoder.parameters())
+
+
+def test_dense_pairs_are_the_embeddings_of_neighbouring_patches(
+    network: PatchEmbeddingNetwork,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every pair that is handed on must be found among the patches of the image, at its direction's offset."""
+    drawn = []
+
+    def recording(*args: object, **kwargs: object) -> object:
+        drawn.append(sample_neighbor_pairs(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(sampling, "sample_neighbor_pairs", recording)
+    image = torch.randn(1, 3, 128, 128)
+    samples = sample_dense(network, image, (32, 64), num_crops=2, num_pairs=16, color_shift=0.0, noise=0.0)
+    for (size, sample), pairs in zip(samples.items(), drawn, strict=True):
+        for embeddings, positions in ((sample.centers, pairs.positions), (sample.neighbors, pairs.neighbor_positions)):
+            patches = [image[0, :, r : r + size, c : c + size] for r, c in positions.flatten(0, 1).tolist()]
+            torch.testing.assert_close(embeddings, network(torch.stack(patches)), rtol=0, atol=1e-5)
+        signs = (pairs.neighbor_positions - pairs.positions).flatten(0, 1).sign()
+        assert (signs == torch.tensor(NEIGHBOR_DIRECTIONS)[sample.directions]).all()
+
+
+def test_the_two_patches_of_a_pair_are_disturbed_independently(network: PatchEmbeddingNetwork) -> None:
+    """On a constant image all patches are equal, so embeddings differ by the disturbance alone."""
+    image = torch.zeros(1, 3, 128, 128)
+    for sample_function in (sample_dense, sample_patches):
+        (sample,) = sample_function(network, image, (64,), num_pairs=8, color_shift=0.5, noise=0.0).values()
+        assert (sample.centers - sample.neighbors).abs().amax(dim=1).min() > 1e-3
+        (sample,) = sample_function(network, image, (64,), num_pairs=8, color_shift=0.0, noise=0.0).values()
+        assert (sample.centers - sample.neighbors).abs().max() < 1e-5
+
+
+def test_small_images_are_taken_whole(network: PatchEmbeddingNetwork) -> None:
+    samples = sample_dense(network, torch.randn(2, 3, 112, 120), (64,), crop_size=256, num_pairs=8)
+    assert samples[64].centers.shape == (8, 64)
+
+
+def test_images_too_small_for_a_pair_are_refused(network: PatchEmbeddingNetwork) -> None:
+    for sample_function in (sample_dense, sample_patches):
+        with pytest.raises(ValueError, match="at least 112x112 px"):
+            sample_function(network, torch.randn(2, 3, 100, 200), (64,))

@@ -1,0 +1,105 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The torch model against its parts applied slowly."""
+
+import pytest
+import torch
+from anomalib.data.utils.tiler import Tiler
+from scipy.spatial.distance import cdist
+
+from anomalib_pedenet import PedenetModel
+
+
+@pytest.fixture
+def model() -> PedenetModel:
+    torch.manual_seed(0)
+    model = PedenetModel(stride=16, bank_size=300).eval()
+    images = torch.rand(3, 3, 128, 160)
+    model.fit_standardization(images)
+    model.fit([images])
+    return model
+
+
+def naive_map(model: PedenetModel, image: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut, embed and score every patch by itself and average the scores over the pixels."""
+    total, count = torch.zeros(image.shape[1:]), torch.zeros(image.shape[1:])
+    scorer = model.scorers[str(size)]
+    bank = (scorer.bank + scorer.mean).numpy()
+    for top in range(0, image.shape[1] - size + 1, model.stride):
+        for left in range(0, image.shape[2] - size + 1, model.stride):
+            window = slice(top, top + size), slice(left, left + size)
+            patch = model.standardize(image[(slice(None), *window)])
+            embedding = model.embedding_network(patch[None]).detach().numpy()
+            total[window] += cdist(embedding, bank).min()
+            count[window] += 1
+    return total / count / scorer.typical_score
+
+
+@pytest.mark.parametrize("combination", ["product", "mean"])
+def test_map_and_score_equal_the_slow_way(model: PedenetModel, combination: str) -> None:
+    model.combination = combination  # type: ignore[assignment]
+    image = torch.rand(3, 128, 160)
+    small, large = (naive_map(model, image, size) for size in (32, 64))
+    expected = (small * large).sqrt() if combination == "product" else (small + large) / 2
+    predictions = model(image[None])
+    torch.testing.assert_close(predictions.anomaly_map[0, 0], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(predictions.pred_score[0], predictions.anomaly_map.max())
+
+
+def test_a_batch_equals_its_images(model: PedenetModel) -> None:
+    images = torch.rand(4, 3, 130, 97)
+    together = model(images)
+    for index, image in enumerate(images):
+        alone = model(image[None])
+        torch.testing.assert_close(alone.anomaly_map[0], together.anomaly_map[index])
+        torch.testing.assert_close(alone.pred_score[0], together.pred_score[index])
+
+
+def test_predictions_are_detached_although_gradients_are_on(model: PedenetModel) -> None:
+    predictions = model(torch.rand(1, 3, 128, 128))
+    assert not predictions.anomaly_map.requires_grad
+    assert not predictions.pred_score.requires_grad
+
+
+def test_training_images_score_lower_than_others() -> None:
+    torch.manual_seed(0)
+    model = PedenetModel(stride=16).eval()
+    images = torch.rand(2, 3, 128, 128)
+    model.fit([images], stride=16)
+    assert model(images).pred_score.max() < 0.1
+    assert model(torch.rand(2, 3, 128, 128)).pred_score.min() > 0.3
+
+
+def test_one_scale_is_the_papers() -> None:
+    model = PedenetModel(patch_sizes=(64,))
+    assert sum(p.numel() for p in model.parameters()) == 467_378
+    assert set(model.scorers) == {"64"}
+
+
+def test_standardization_makes_the_training_images_unit_variance() -> None:
+    model = PedenetModel()
+    images = torch.randn(8, 3, 64, 64) * 0.3 + torch.tensor([1.0, 2.0, -1.0])[:, None, None]
+    model.fit_standardization(images)
+    standardized = model.standardize(images)
+    torch.testing.assert_close(standardized.mean(dim=(0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-4)
+    assert standardized.std().item() == pytest.approx(1, abs=1e-3)
+    model.fit_standardization(torch.ones(2, 3, 64, 64))
+    assert torch.isfinite(model.standardize(torch.rand(1, 3, 64, 64))).all()
+
+
+def test_an_empty_bank_says_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match=r"no memory bank yet.*anomalib train.*--ckpt_path"):
+        PedenetModel().eval()(torch.rand(1, 3, 256, 256))
+
+
+def test_images_smaller_than_a_patch_are_refused(model: PedenetModel) -> None:
+    with pytest.raises(ValueError, match="63x128 px, smaller than a patch of 64x64 px"):
+        model(torch.rand(1, 3, 63, 128))
+
+
+def test_tiles_are_scored_one_by_one_and_put_back(model: PedenetModel) -> None:
+    image = torch.rand(1, 3, 128, 256)
+    tiles = [model(tile).anomaly_map for tile in image.split(128, dim=-1)]
+    model.tiler = Tiler(tile_size=128)
+    torch.testing.assert_close(model(image).anomaly_map, torch.cat(tiles, dim=-1))
