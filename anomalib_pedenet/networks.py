@@ -145,12 +145,16 @@ class PatchEmbeddingNetwork(nn.Module):
             dict[int, torch.Tensor]: For each patch size, embeddings ``[B, Z, h, w]`` where
                 ``(h, w) = grid_size((H, W), patch_size, stride)`` and entry ``(i, j)`` belongs to the patch whose top
                 left corner is pixel ``(i * stride, j * stride)``.
+
+        Raises:
+            ValueError: If the images are smaller than a patch.
         """
         step = stride // BASE_STRIDE
-        height, width = images.shape[-2:]
+        image_size = (images.shape[-2], images.shape[-1])
+        grid_size(image_size, max(patch_sizes), stride)  # refuses images smaller than a patch
         small = self.small_encoder(images)  # [B, Z, ., .] at stride 2
         # The receptive field is 31 px wide, so an odd image side yields one more position than 32-px patches fit.
-        rows, columns = grid_size((height, width), SUB_PATCH_SIZE, BASE_STRIDE)
+        rows, columns = grid_size(image_size, SUB_PATCH_SIZE, BASE_STRIDE)
         small = small[..., :rows, :columns]
 
         embeddings: dict[int, torch.Tensor] = {}

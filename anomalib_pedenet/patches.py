@@ -44,16 +44,11 @@ def grid_size(image_size: tuple[int, int], patch_size: int, stride: int) -> tupl
         >>> grid_size((256, 256), patch_size=64, stride=2)
         (97, 97)
     """
-    height, width = int(image_size[0]), int(image_size[1])
+    height, width = image_size
     if height < patch_size or width < patch_size:
         msg = (
-            f"The image is {height}x{width} px, smaller than a patch of {patch_size}x{patch_size} px. Enlarge it "
-            f"(image_size of at least {patch_size} px a side)"
-            + (
-                f" or use the smaller scale only (patch_sizes=[{SUB_PATCH_SIZE}])."
-                if patch_size > SUB_PATCH_SIZE
-                else "."
-            )
+            f"The image is {height}x{width} px, smaller than a patch of {patch_size}x{patch_size} px: enlarge it "
+            f"(image_size) to at least {patch_size} px a side{_SMALLER_SCALE_REMEDY.get(patch_size, '')}."
         )
         raise ValueError(msg)
     return (height - patch_size) // stride + 1, (width - patch_size) // stride + 1

@@ -64,8 +64,9 @@ class NearestNeighborScorer(Scorer):
     The bank is a :class:`UniformSubset` of the normal embeddings.
 
     The search is chunked matrix arithmetic: ``min_b |q - b|^2 = |q|^2 - 2 max_b (q.b - |b|^2 / 2)``. Bank and queries
-    are taken relative to the bank's mean, which keeps the cancellation in that expression small: in float32 distances
-    are right to about 1e-6 of the embeddings' spread.
+    are taken relative to the bank's mean, which keeps the cancellation in that expression small. What remains of it
+    shows where a distance is nearly 0: that of a row to itself reads up to 0.005 for 64 dimensions in (-1, 1), where
+    normal patches score some tenths.
 
     Args:
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.

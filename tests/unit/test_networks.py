@@ -73,7 +73,9 @@ def test_patches_of_other_sizes_are_refused(size: tuple[int, int]) -> None:
 
 def test_images_smaller_than_a_patch_are_refused() -> None:
     with pytest.raises(ValueError, match="31x64 px, smaller than a patch of 32x32"):
-        PatchEmbeddingNetwork().embed_dense(torch.zeros(1, 3, 31, 64))
+        PatchEmbeddingNetwork().embed_dense(torch.zeros(1, 3, 31, 64), patch_sizes=[32])
+    with pytest.raises(ValueError, match="60x64 px, smaller than a patch of 64x64"):
+        PatchEmbeddingNetwork().embed_dense(torch.zeros(1, 3, 60, 64))
 
 
 def test_small_encoder_needs_eight_convolutions() -> None:

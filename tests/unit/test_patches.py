@@ -73,7 +73,7 @@ def test_jitter_and_positions_reach_their_limits() -> None:
 
 
 def test_pairs_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="111x200 px.*needs at least 112x112 px.*crop_size"):
+    with pytest.raises(ValueError, match=r"111x200 px.*needs at least 112x112 px.*crop_size"):
         sample_neighbor_pairs(1, (111, 200), 64)
 
 
