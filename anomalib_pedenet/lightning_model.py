@@ -30,7 +30,7 @@ from anomalib.visualization import Visualizer
 from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from anomalib_pedenet.anomaly_map import Combination
@@ -50,6 +50,9 @@ COLLAPSE_SPREAD = 0.02
 """Embeddings (each dimension in -1..1) whose mean standard deviation falls below this have collapsed."""
 
 MIN_TRAINING_IMAGES = 2
+
+# Their statistics are those of the training set to a percent or so, and take a second to read.
+_STANDARDIZATION_IMAGES = 64
 
 # Hyper-parameters that shape the weights: a checkpoint fits only a model that has the same.
 _ARCHITECTURE = ("patch_sizes", "embedding_dim", "num_components")
@@ -257,9 +260,13 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Choose the arithmetic of the networks."""
+        """Measure the training images and choose the arithmetic of the networks."""
         self._planned_steps = self._total_steps()
         self._uses_bfloat16 = _uses_bfloat16(self.hparams.train_precision, self.device)
+        if self.trainer.global_step == 0:  # a resumed training goes on with the checkpoint's
+            num_images = len(self.trainer.train_dataloader.dataset)
+            chosen = torch.linspace(0, num_images - 1, min(num_images, _STANDARDIZATION_IMAGES)).long().tolist()
+            self.model.fit_standardization(torch.cat(list(self._normal_images(chosen))))
         # On a CPU the convolutions are twice as fast so in bfloat16; nowhere are they slower.
         self.model.embedding_network.to(memory_format=torch.channels_last)
         logger.info(
@@ -285,10 +292,11 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         _check_finite(batch)
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         remaining = max(0, self._planned_steps - self.trainer.global_step)
+        images = self.model.standardize(batch.image)
         history: list[dict[str, torch.Tensor]] = []
-        for _ in range(min(remaining, self.hparams.steps_per_image * len(batch.image))):
+        for _ in range(min(remaining, self.hparams.steps_per_image * len(images))):
             self._is_bank_stale = True
-            loss, metrics = self._joint_loss(batch.image)
+            loss, metrics = self._joint_loss(images)
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
@@ -302,7 +310,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             self.trainer.should_stop = True
 
     def _joint_loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss of one step, summed over the scales, and what is reported of it (detached scalars)."""
+        """Return the loss of one step on standardised images, over all scales, and detached scalars to report."""
         total = torch.zeros((), device=images.device)
         metrics: dict[str, torch.Tensor] = {}
         with torch.autocast(images.device.type, torch.bfloat16) if self._uses_bfloat16 else contextlib.nullcontext():
@@ -396,28 +404,20 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
 
     def fit(self) -> None:
         """Build the memory bank from all normal training images, without augmentation, with the present weights."""
-        loader = self.trainer.train_dataloader
-        images = DataLoader(
-            _without_augmentation(loader.dataset),
-            batch_size=loader.batch_size or 1,
-            collate_fn=loader.collate_fn,
-        )
         with (
             torch.inference_mode(mode=False),  # inference tensors could not be saved and trained on afterwards
             torch.no_grad(),
             self.trainer.precision_plugin.forward_context(),  # as the images will be scored
         ):
-            self.model.fit(self._pre_processed(images), stride=self.hparams.bank_stride)
+            images = self._normal_images()
+            progress = tqdm(images, "Building the memory bank", len(images), disable=not self.trainer.is_global_zero)
+            self.model.fit(progress, stride=self.hparams.bank_stride)
         self._is_fitted = torch.tensor([True], device=self.device)
         self._is_bank_stale = False
 
-    def _pre_processed(self, loader: DataLoader) -> Iterator[torch.Tensor]:
-        """Yield pre-processed training images on the model's device, with progress."""
-        for batch in tqdm(loader, desc="Building the memory bank", disable=not self.trainer.is_global_zero):
-            images = batch.image.to(self.device)
-            if self.pre_processor is not None and self.pre_processor.transform is not None:
-                images = self.pre_processor.transform(images)
-            yield images
+    def _normal_images(self, indices: Sequence[int] | None = None) -> "_NormalImages":
+        """Return the pre-processed training images, one by one, in order and without augmentation."""
+        return _NormalImages(self.trainer.train_dataloader, self.pre_processor, self.device, indices)
 
     def on_validation_start(self) -> None:
         """Rebuild the memory bank if training went on since it was built."""
@@ -647,9 +647,36 @@ def _uses_bfloat16(train_precision: TrainPrecision, device: torch.device) -> boo
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 - there is no public name
 
 
-def _without_augmentation(dataset: Dataset) -> Dataset:
-    """Return a view of the data set whose images are not augmented; the data set itself stays as it is."""
-    view = copy.copy(dataset)
-    if hasattr(view, "augmentations"):
-        view.augmentations = None
-    return view
+class _NormalImages:
+    """The pre-processed training images, one by one, in order and without augmentation, on a device.
+
+    Args:
+        loader (DataLoader): The training loader.
+        pre_processor (nn.Module | None): Pre-processor, whose transform is applied.
+        device (torch.device): Device of the images.
+        indices (Sequence[int] | None): Images to take; all by default.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader,
+        pre_processor: nn.Module | None,
+        device: torch.device,
+        indices: Sequence[int] | None = None,
+    ) -> None:
+        dataset = copy.copy(loader.dataset)  # the training goes on with the loader's own
+        if hasattr(dataset, "augmentations"):
+            dataset.augmentations = None
+        subset = dataset if indices is None else Subset(dataset, list(indices))
+        self.loader = DataLoader(subset, batch_size=1, collate_fn=loader.collate_fn)
+        self.transform = getattr(pre_processor, "transform", None)
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for batch in self.loader:
+            _check_finite(batch)
+            images = batch.image.to(self.device)
+            yield images if self.transform is None else self.transform(images)

@@ -50,7 +50,7 @@ def test_batches_of_queries(shape: tuple[int, ...]) -> None:
 
 
 def test_rows_of_the_bank_score_zero() -> None:
-    """Up to the rounding of the square, of which the distance is the root: n u |b|^2 for each of two sums of n terms."""
+    """Up to the rounding of the square, of which the distance is the root: n u |b|^2 for each sum of n terms."""
     bank = torch.randn(2500, 64).tanh()
     largest_square = bank.square().sum(dim=1).max()
     assert fitted(bank)(bank).max() < (2 * 64 * torch.finfo(torch.float32).eps * largest_square).sqrt()

@@ -1,0 +1,168 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Training through anomalib's Engine: its length, its logs, and the memory bank in every checkpoint."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger
+from torchvision.transforms.v2 import RandomHorizontalFlip
+
+from anomalib_pedenet import Pedenet, PedenetModel
+
+SMALL = {
+    "image_size": (144, 160),
+    "stride": 16,
+    "bank_stride": 16,
+    "bank_size": 100,
+    "crops_per_step": 1,
+    "patches_per_step": 64,
+    "pairs_per_step": 64,
+    "steps_per_image": 1,
+    "train_precision": "float32",
+}
+
+
+def train(datamodule: MVTecAD, root: Path, model: Pedenet, *callbacks: Callback, **trainer: Any) -> Engine:  # noqa: ANN401
+    engine = Engine(default_root_dir=root, callbacks=list(callbacks), enable_progress_bar=False, **trainer)
+    engine.fit(model, datamodule=datamodule)
+    return engine
+
+
+def rebuilt_bank(path: Path, datamodule: MVTecAD) -> dict[str, torch.Tensor]:
+    """Build the bank from a checkpoint's weights and the training images, by the torch model alone."""
+    state = torch.load(path, weights_only=True)["state_dict"]
+    model = PedenetModel(stride=16, bank_size=100).eval()
+    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items() if "model." in name})
+    transform = Pedenet.configure_pre_processor((144, 160)).transform
+    model.fit([transform(item.image)[None] for item in datamodule.train_data])
+    return {f"model.{name}": value for name, value in model.state_dict().items() if name.endswith((".bank", ".mean"))}
+
+
+def assert_bank_is_that_of_the_weights(path: Path, datamodule: MVTecAD) -> None:
+    state = torch.load(path, weights_only=True)["state_dict"]
+    assert bool(state["_is_fitted"])
+    for name, expected in rebuilt_bank(path, datamodule).items():
+        torch.testing.assert_close(state[name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trigger", [{"every_n_epochs": 1}, {"every_n_train_steps": 3}], ids=["epochs", "mid-epoch"])
+def test_every_checkpoints_bank_is_that_of_its_weights(
+    datamodule: MVTecAD,
+    tmp_path: Path,
+    trigger: dict[str, int],
+) -> None:
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}-{step}", save_top_k=-1, save_last=True, **trigger)
+    train(datamodule, tmp_path, Pedenet(**SMALL, learning_rate=1e-2, max_steps=15), checkpoint)
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    assert len(paths) >= 3
+    banks = []
+    for path in paths:
+        assert_bank_is_that_of_the_weights(path, datamodule)
+        banks.append(torch.load(path, weights_only=True)["state_dict"]["model.scorers.64.bank"])
+    assert not torch.equal(banks[0], banks[1])
+
+
+def test_best_checkpoint_under_early_stopping(datamodule: MVTecAD, tmp_path: Path) -> None:
+    best = ModelCheckpoint(dirpath=tmp_path, filename="best", monitor="train_loss", save_on_train_epoch_end=True)
+    stop = EarlyStopping(monitor="train_loss", patience=1, mode="max", check_on_train_epoch_end=True)
+    engine = train(datamodule, tmp_path, Pedenet(**SMALL, max_steps=100), best, stop)
+    assert engine.trainer.global_step < 100
+    assert_bank_is_that_of_the_weights(tmp_path / "best.ckpt", datamodule)
+
+
+def test_training_without_validation_ends_with_a_bank(datamodule: MVTecAD, tmp_path: Path) -> None:
+    model = Pedenet(**SMALL, max_steps=6)
+    train(datamodule, tmp_path, model, limit_val_batches=0)
+    assert model.model.is_fitted
+
+
+def test_a_resumed_training_goes_on(datamodule: MVTecAD, tmp_path: Path) -> None:
+    engine = train(datamodule, tmp_path, Pedenet(**SMALL, max_steps=6))
+    model = Pedenet(**SMALL, max_steps=12)
+    resumed = Engine(default_root_dir=tmp_path, enable_progress_bar=False)
+    resumed.fit(model, datamodule=datamodule, ckpt_path=engine.best_model_path)
+    assert resumed.trainer.global_step == 12
+    assert_bank_is_that_of_the_weights(Path(resumed.best_model_path), datamodule)
+
+
+def test_augmentations_do_not_enter_the_bank(dataset_root: Path, datamodule: MVTecAD, tmp_path: Path) -> None:
+    augmented = MVTecAD(
+        root=dataset_root,
+        category="stripes",
+        train_batch_size=3,
+        num_workers=0,
+        train_augmentations=RandomHorizontalFlip(p=1.0),
+    )
+    engine = train(augmented, tmp_path, Pedenet(**SMALL, max_steps=6))
+    datamodule.setup("fit")
+    assert_bank_is_that_of_the_weights(Path(engine.best_model_path), datamodule)
+    assert augmented.train_data.augmentations is not None
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "trainer", "expected"),
+    [(10, {}, 10), (10, {"max_epochs": 1}, 6), (10, {"max_steps": 4}, 4), (3, {"max_epochs": 5}, 3)],
+)
+def test_the_smaller_limit_of_steps_stands(
+    datamodule: MVTecAD,
+    tmp_path: Path,
+    max_steps: int,
+    trainer: dict[str, int],
+    expected: int,
+) -> None:
+    model = Pedenet(**SMALL, max_steps=max_steps)
+    engine = train(datamodule, tmp_path, model, **trainer)
+    assert engine.trainer.global_step == expected
+    # The last validation has run, whichever limit it was: without it there were no threshold.
+    assert torch.isfinite(model.post_processor.image_threshold)
+
+
+@pytest.mark.parametrize(
+    "options", [{"training_mode": "patchwise"}, {"patch_sizes": [64]}, {"covariance_type": "full"}]
+)
+def test_other_ways_to_train(datamodule: MVTecAD, tmp_path: Path, options: dict[str, Any]) -> None:
+    model = Pedenet(**{**SMALL, **options}, max_steps=6, density_warmup=0.0)
+    before = [p.clone() for p in model.model.density_networks.parameters()]
+    train(datamodule, tmp_path, model)
+    assert model.model.is_fitted
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.model.density_networks.parameters(), strict=True))
+
+
+def test_every_term_is_logged(datamodule: MVTecAD, tmp_path: Path) -> None:
+    engine = train(datamodule, tmp_path, Pedenet(**SMALL, max_steps=6), logger=CSVLogger(tmp_path))
+    logged = set(engine.trainer.logged_metrics)
+    names = ("loss_den", "loss_lpn", "loss_reg", "lp_accuracy", "spread")
+    assert {"train_loss"} | {f"{name}_{size}" for name in names for size in (32, 64)} <= logged
+    assert {"den", "lpn", "reg", "lp_acc", "spread", "step"} <= set(engine.trainer.progress_bar_metrics)
+
+
+def test_collapse_is_said_once_with_its_remedy(
+    datamodule: MVTecAD,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Pedenet(**SMALL, max_steps=40, lambda_den=10.0, lambda_lpn=0.0, density_warmup=0.0, learning_rate=1e-2)
+    with caplog.at_level(logging.WARNING, logger="anomalib_pedenet"):
+        train(datamodule, tmp_path, model, limit_val_batches=0)
+    (warning,) = [record.getMessage() for record in caplog.records if "collapsed" in record.getMessage()]
+    assert "Lower lambda_den" in warning
+
+
+def test_same_seed_same_weights(datamodule: MVTecAD, tmp_path: Path) -> None:
+    banks = []
+    for run in range(2):
+        torch.manual_seed(7)
+        model = Pedenet(**SMALL, max_steps=6)
+        train(datamodule, tmp_path / str(run), model)
+        banks.append(model.model.scorers["32"].bank)
+    torch.testing.assert_close(banks[0], banks[1], rtol=0, atol=0)
