@@ -448,7 +448,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             checkpoint["state_dict"].update(bank, _is_fitted=self._is_fitted)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that a checkpoint fits this model before its weights are loaded.
+        """Check that a checkpoint fits this model, before its weights are loaded, and plan its schedule anew.
 
         Args:
             checkpoint (dict[str, Any]): Loaded checkpoint.
@@ -461,6 +461,10 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         if not any(name.startswith("model.embedding_network.") for name in checkpoint.get("state_dict", {})):
             msg = "The checkpoint holds no Pedenet weights: pass a checkpoint that was trained with --model Pedenet."
             raise ValueError(msg)
+        for state in checkpoint.get("lr_schedulers", []):
+            # What is planned anew stands: otherwise a longer max_steps could not be resumed to.
+            state.pop("total_steps", None)
+            state.pop("_schedule_phases", None)
         for name in _ARCHITECTURE:
             ours, theirs = self.hparams[name], saved.get(name, self.hparams[name])
             if (sorted(ours) != sorted(theirs)) if name == "patch_sizes" else (ours != theirs):
