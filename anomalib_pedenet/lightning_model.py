@@ -16,7 +16,6 @@ import contextlib
 import copy
 import logging
 import math
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -217,16 +216,21 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
     # ------------------------------------------------------------------------------------------------------ training
 
     def setup(self, stage: str) -> None:
-        """Check what training starts from: the checkpoint file and the number of training images.
+        """Have checkpoint files checked as they are read, and check the number of training images.
 
         Args:
             stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
 
         Raises:
-            ValueError: If the checkpoint is not a whole file or there are too few training images.
+            ValueError: If there are too few training images.
         """
-        if self.trainer.ckpt_path:
-            _check_checkpoint_file(self.trainer.ckpt_path)
+        from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
+
+        from anomalib_pedenet.checkpoint_io import CheckedCheckpointIO  # imports the engine, as models must not
+
+        checkpoint_io = self.trainer.strategy.checkpoint_io
+        if type(checkpoint_io) is AnomalibCheckpointIO:  # not one that the user chose
+            self.trainer.strategy.checkpoint_io = CheckedCheckpointIO(checkpoint_io.extra_safe_globals)
         train_data = getattr(getattr(self.trainer, "datamodule", None), "train_data", None)
         if stage == "fit" and train_data is not None and len(train_data) < MIN_TRAINING_IMAGES:
             msg = (
@@ -490,7 +494,9 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         Raises:
             ValueError: If the file is not a whole checkpoint, or not one of this model.
         """
-        _check_checkpoint_file(checkpoint_path)
+        from anomalib_pedenet.checkpoint_io import check_checkpoint_file  # imports the engine, as models must not
+
+        check_checkpoint_file(checkpoint_path)
         return super().load_from_checkpoint(
             checkpoint_path,
             map_location=map_location,
@@ -626,20 +632,6 @@ def _check_finite(batch: Batch) -> None:
         "check the transforms that produce them."
     )
     raise ValueError(msg)
-
-
-def _check_checkpoint_file(path: str | Path) -> None:
-    """Check that a checkpoint is a whole file; a file that does not exist is left to the loader's own error.
-
-    Raises:
-        ValueError: If it is not the zip archive that ``torch.save`` writes.
-    """
-    if Path(path).is_file() and not zipfile.is_zipfile(path):
-        msg = (
-            f"The checkpoint {path} ({Path(path).stat().st_size:,} bytes) is cut short or not a checkpoint: copy it "
-            "again from its source, or train anew."
-        )
-        raise ValueError(msg)
 
 
 def _uses_bfloat16(train_precision: TrainPrecision, device: torch.device) -> bool:

@@ -1,0 +1,84 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Arguments of the Lightning module: defaults, limits and messages."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from anomalib.pre_processing import PreProcessor
+from torchvision.transforms.v2 import Resize
+
+from anomalib_pedenet import Pedenet
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"combination": "max"}, "combination must be one of 'product', 'mean', got 'max'"),
+        ({"training_mode": "sparse"}, "training_mode must be one of 'dense', 'patchwise'"),
+        ({"density_loss": "vae"}, "density_loss must be one of 'dagmm', 'paper'"),
+        ({"patch_sizes": [48]}, r"patch_sizes must be \[32\], \[64\] or both, got \[48\]"),
+        ({"patch_sizes": []}, r"patch_sizes must be"),
+        ({"patch_sizes": [64, 64]}, r"patch_sizes must be"),
+        ({"stride": 3}, "stride must be a multiple of 2 px from 2 to the smallest patch size .32., got 3"),
+        ({"bank_stride": 64}, "bank_stride must be a multiple of 2"),
+        ({"bank_size": 0}, "bank_size must be at least 1, got 0"),
+        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"patches_per_step": 1}, "patches_per_step must be at least 2"),
+        ({"noise": -0.1}, "noise must be at least 0, got -0.1"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"density_warmup": 1.5}, "density_warmup must be a fraction"),
+        ({"lambda_den": 0.0, "lambda_lpn": 0.0}, "both 0, so there is nothing to learn"),
+        ({"image_size": (100, 256)}, r"image_size must be at least 112 px.*got \(100, 256\).*patch_sizes=\[32\]"),
+        ({"crop_size": 96}, "crop_size must be at least 112 px"),
+    ],
+)
+def test_values_outside_their_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Pedenet(**arguments)
+
+
+def test_every_argument_is_documented() -> None:
+    documented = inspect.getdoc(Pedenet)
+    assert documented is not None
+    for name in inspect.signature(Pedenet).parameters:
+        assert f"\n    {name} (" in documented, name
+
+
+def test_image_size_goes_to_the_pre_processor_unless_one_is_given() -> None:
+    assert Pedenet(image_size=(128, 320)).input_size == (128, 320)
+    given = PreProcessor(transform=Resize((160, 160)))
+    assert Pedenet(image_size=(128, 320), pre_processor=given).pre_processor is given
+    assert Pedenet(pre_processor=False).pre_processor is None
+
+
+def test_exports_need_a_memory_bank(tmp_path: Path) -> None:
+    for export in (Pedenet().to_torch, Pedenet().to_onnx, Pedenet().to_openvino):
+        with pytest.raises(RuntimeError, match="neither score images nor be exported: train it first"):
+            export(tmp_path)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_the_overriding_trainer_arguments_are_those_without_which_it_cannot_train() -> None:
+    assert Pedenet().trainer_arguments == {"num_sanity_val_steps": 0}
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"not a checkpoint"], ids=["empty", "cut", "foreign"])
+def test_broken_checkpoints_are_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.ckpt .* is cut short or not a checkpoint: copy it again"):
+        Pedenet.load_from_checkpoint(path)
+
+
+def test_checkpoints_of_other_networks_are_refused() -> None:
+    saved = Pedenet(patch_sizes=[64])
+    checkpoint: dict[str, Any] = {"state_dict": saved.state_dict(), "hyper_parameters": dict(saved.hparams)}
+    with pytest.raises(ValueError, match=r"trained with patch_sizes=\[64\].*set --model.patch_sizes to \[64\]"):
+        Pedenet().on_load_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match="holds no Pedenet weights"):
+        Pedenet().on_load_checkpoint({"state_dict": {"model.weight": torch.zeros(1)}, "hyper_parameters": {}})
