@@ -8,8 +8,14 @@ that you can repeat it in your shell: ``anomalib train``, ``anomalib test`` from
 ``anomalib predict`` on the folder of test images. At the end it draws a sheet of examples, using anomalib from Python,
 and prints the scores.
 
+Two things to know when reading them. ``MVTecAD`` uses the test images for validation too, so the outlines are drawn at
+a threshold that was chosen on these very images; the AUROC figures need no threshold. And ``brick`` is the default
+because the method suits it: Pedenet learns by predicting where a patch's neighbour lies, which grass and gravel, alike
+everywhere, hardly tell. In one run each of 960 steps brick reached a pixel AUROC of 0.98, but grass 0.56 and gravel
+0.47, where 0.5 is chance.
+
 Example:
-    ``python examples/demo.py --category gravel --max-steps 600``
+    ``python examples/demo.py --category gravel --max-steps 960``
 """
 
 import argparse
@@ -29,9 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 MODEL = "Pedenet"
-# One pass over the sixty training tiles, as Pedenet makes four steps for each image: a few minutes on two CPU cores.
-# Pedenet's own default is ten times that; more steps find finer defects.
-MAX_STEPS = 240
+# A fifth of Pedenet's own default, so that training takes a few minutes even on two busy CPU cores.
+MAX_STEPS = 480
 
 console = Console()
 

@@ -97,7 +97,7 @@ def cut_scene(surface: Surface, strips: Sequence[tuple[int, int]], rng: np.rando
         RGB scene in grey levels, shape ``(TILE, TILE, 3)``, without noise.
     """
     photograph = surface.photograph()
-    first, last = strips[rng.integers(len(strips))]
+    first, last = strips[int(rng.integers(len(strips)))]
     left = rng.integers(first, last - WINDOW + 1)
     top = rng.integers(photograph.shape[0] - WINDOW + 1)
     # Cropping before enlarging matters: the interpolation then cannot reach into the neighbouring strip.
