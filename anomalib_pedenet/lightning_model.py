@@ -271,8 +271,6 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             num_images = len(self.trainer.train_dataloader.dataset)
             chosen = torch.linspace(0, num_images - 1, min(num_images, _STANDARDIZATION_IMAGES)).long().tolist()
             self.model.fit_standardization(torch.cat(list(self._normal_images(chosen))))
-        # On a CPU the convolutions are twice as fast so in bfloat16; nowhere are they slower.
-        self.model.embedding_network.to(memory_format=torch.channels_last)
         logger.info(
             "Training Pedenet for %d steps, networks in %s.",
             self._planned_steps,

@@ -70,7 +70,9 @@ class PedenetModel(nn.Module):
         # colourful photographs but not to, say, grey surfaces of low contrast: the training images' own do.
         self.register_buffer("input_mean", torch.zeros(3, 1, 1))
         self.register_buffer("input_std", torch.ones(()))
-        self.embedding_network = PatchEmbeddingNetwork(embedding_dim)
+        # A third faster on a CPU, and in bfloat16 twice as fast. From the start, not for training alone, because the
+        # other memory format rounds differently: a loaded checkpoint must score exactly as the model that saved it.
+        self.embedding_network = PatchEmbeddingNetwork(embedding_dim).to(memory_format=torch.channels_last)
         self.density_networks = nn.ModuleDict(
             {str(size): DensityEstimationNetwork(num_components, embedding_dim) for size in self.patch_sizes},
         )

@@ -43,7 +43,6 @@ def rebuilt_bank(path: Path, datamodule: MVTecAD) -> dict[str, torch.Tensor]:
     state = torch.load(path, weights_only=True)["state_dict"]
     model = PedenetModel(stride=16, bank_size=100).eval()
     model.load_state_dict({name.removeprefix("model."): value for name, value in state.items() if "model." in name})
-    model.embedding_network.to(memory_format=torch.channels_last)  # as in training: another one rounds differently
     transform = Pedenet.configure_pre_processor((144, 160)).transform
     model.fit([transform(item.image)[None] for item in datamodule.train_data])
     return {f"model.{name}": value for name, value in model.state_dict().items() if name.endswith((".bank", ".mean"))}
