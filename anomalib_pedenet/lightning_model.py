@@ -102,6 +102,9 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             (collapse). Defaults to ``1e-4``.
         lambda_lpn (float): Weight lambda_2 of the location prediction loss L_LPN. Defaults to ``1.0``.
         lambda_reg (float): Weight lambda_3 of the covariance regularisation L_reg. Defaults to ``1e-7``.
+        lambda_var (float): Weight of the variance loss L_var, which keeps embeddings from becoming equal while location
+            prediction has not learned anything yet; the paper has none (0). Defaults to ``1.0``.
+        min_std (float): Standard deviation of the embeddings (in -1..1) below which L_var acts. Defaults to ``0.25``.
         density_loss (str): Reading of Eq. 9: ``"dagmm"`` (mean of the logarithms) or ``"paper"`` (logarithm of the
             sum, as printed). Defaults to ``"dagmm"``.
         density_warmup (float): Fraction of the training before L_DEN and L_reg set in; over the same fraction again
@@ -111,6 +114,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         covariance_jitter (float): Added to the covariances' diagonals. Defaults to ``1e-3``.
         train_precision (str): Arithmetic of the networks in training: ``"float32"``, ``"bfloat16"`` (autocast), or
             ``"auto"`` for bfloat16 where the device is fast at it. Scoring is not affected. Defaults to ``"auto"``.
+        pre_trained (bool): Must be ``False``: Pedenet is trained from scratch and has no weights to load. Accepted so
+            that one benchmark configuration can pass ``pre_trained: false`` to every model. Defaults to ``False``.
         pre_processor (nn.Module | bool): Pre-processor instance, or whether to use the default one, which resizes to
             ``image_size`` and normalises with ImageNet's statistics. Defaults to ``True``.
         post_processor (nn.Module | bool): Post-processor instance or flag. Defaults to ``True``.
@@ -155,11 +160,14 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         lambda_den: float = 1e-4,
         lambda_lpn: float = 1.0,
         lambda_reg: float = 1e-7,
+        lambda_var: float = 1.0,
+        min_std: float = 0.25,
         density_loss: DensityLossType = "dagmm",
         density_warmup: float = 0.25,
         covariance_type: CovarianceType = "diag",
         covariance_jitter: float = 1e-3,
         train_precision: TrainPrecision = "auto",
+        pre_trained: bool = False,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -191,6 +199,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             reading=density_loss,
             covariance_type=covariance_type,
             covariance_jitter=covariance_jitter,
+            lambda_var=lambda_var,
+            min_std=min_std,
         )
         # One batch of images serves several optimizer steps, see `training_step`.
         self.automatic_optimization = False
@@ -330,6 +340,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
                     f"loss_den_{size}": terms.density.detach(),
                     f"loss_lpn_{size}": terms.location.detach(),
                     f"loss_reg_{size}": terms.regularization.detach(),
+                    f"loss_var_{size}": terms.variance.detach(),
                     f"lp_accuracy_{size}": (logits.argmax(dim=-1) == sample.directions).float().mean(),
                     f"spread_{size}": sample.embeddings.detach().float().std(dim=0).mean(),
                 }
@@ -396,7 +407,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             self._has_warned_of_collapse = True
             logger.warning(
                 "The embeddings have collapsed (spread %.3f after %d steps, below %.2f): patches can hardly be told "
-                "apart and the anomaly map will be poor. Lower lambda_den and lambda_reg or raise density_warmup.",
+                "apart and the anomaly map will be poor. Lower lambda_den and lambda_reg, or raise density_warmup, "
+                "lambda_var or min_std.",
                 spread,
                 self.trainer.global_step,
                 COLLAPSE_SPREAD,
@@ -553,6 +565,9 @@ def _validate(hparams: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If one is outside its range.
     """
+    if hparams["pre_trained"]:
+        msg = "pre_trained must be False: Pedenet is trained from scratch and has no weights to load."
+        raise ValueError(msg)
     choices = {
         "combination": get_args(Combination),
         "training_mode": get_args(TrainingMode),
@@ -575,7 +590,17 @@ def _validate(hparams: Mapping[str, Any]) -> None:
         "crops_per_step",
         "pairs_per_step",
     )
-    at_least_zero = ("color_shift", "noise", "lambda_den", "lambda_lpn", "lambda_reg", "covariance_jitter", "bank_seed")
+    at_least_zero = (
+        "color_shift",
+        "noise",
+        "lambda_den",
+        "lambda_lpn",
+        "lambda_reg",
+        "lambda_var",
+        "min_std",
+        "covariance_jitter",
+        "bank_seed",
+    )
     for names, limit in ((at_least_one, 1), (at_least_zero, 0), (("patches_per_step",), 2)):
         for name in names:
             if hparams[name] < limit:

@@ -1,14 +1,19 @@
 # Copyright (C) 2026 The anomalib-pedenet authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The joint loss of PEDENet (Eqs. 8 to 11).
+"""The joint loss of PEDENet (Eqs. 8 to 11), and a floor under the embeddings' spread.
 
 ``L = lambda_1 L_DEN + lambda_2 L_LPN + lambda_3 L_reg`` (Eq. 8): the negative log density of the embeddings under the
 mixture of their batch, the cross-entropy of location prediction, and a regulariser that keeps the covariances away
 from singular ones.
 
+``+ lambda_var L_var`` is not in the paper. While location prediction is still at chance, as it is for long on uniform
+textures, its loss is lowest when all embeddings are equal, so it drives them there and never learns. VICReg's variance
+term forbids that, and is zero wherever the embeddings spread by themselves.
+
 Reference:
     PEDENet, https://arxiv.org/abs/2110.15525, section 3.3.
+    A. Bardes, J. Ponce, Y. LeCun, "VICReg", ICLR 2022, https://arxiv.org/abs/2105.04906, Eq. 1 (L_var).
 """
 
 from typing import Literal, NamedTuple
@@ -71,6 +76,20 @@ def covariance_regularization(mixture: GaussianMixture) -> torch.Tensor:
     return mixture.variances.reciprocal().sum()
 
 
+def variance_loss(embeddings: torch.Tensor, min_std: float) -> torch.Tensor:
+    """Variance loss L_var (VICReg, Eq. 1): how far the embeddings' standard deviations fall short of a floor.
+
+    Args:
+        embeddings (torch.Tensor): Embeddings of a batch, ``[N, Z]``.
+        min_std (float): Floor of each dimension's standard deviation, in embedding units.
+
+    Returns:
+        torch.Tensor: Scalar loss, the mean shortfall over the dimensions; 0 if none is below the floor.
+    """
+    # The small constant keeps the gradient of the root finite where all embeddings are equal.
+    return F.relu(min_std - (embeddings.var(dim=0) + 1e-4).sqrt()).mean()
+
+
 class LossTerms(NamedTuple):
     """The weighted sum of one step and its unweighted terms, each a scalar tensor."""
 
@@ -78,10 +97,11 @@ class LossTerms(NamedTuple):
     density: torch.Tensor
     location: torch.Tensor
     regularization: torch.Tensor
+    variance: torch.Tensor
 
 
 class PedenetLoss(nn.Module):
-    """Joint loss of PEDENet (Eq. 8).
+    """Joint loss of PEDENet (Eq. 8), with the variance loss added.
 
     Args:
         lambda_den (float): Weight lambda_1 of L_DEN; 0 leaves the term out (Table 4, "L_LPN only").
@@ -90,9 +110,11 @@ class PedenetLoss(nn.Module):
         reading (DensityLossType): Reading of Eq. 9, see :func:`density_loss`.
         covariance_type (CovarianceType): Covariances of the mixture, ``"diag"`` or ``"full"``.
         covariance_jitter (float): Added to the covariances' diagonals.
+        lambda_var (float): Weight of L_var; 0 leaves the term out, as in the paper.
+        min_std (float): Floor of L_var, see :func:`variance_loss`.
 
     Example:
-        >>> loss = PedenetLoss(lambda_den=0.0)
+        >>> loss = PedenetLoss(lambda_den=0.0, lambda_var=0.0)
         >>> embeddings, responsibilities = torch.randn(16, 64), torch.full((16, 2), 0.5)
         >>> terms = loss(embeddings, responsibilities, torch.zeros(4, 8), torch.arange(4))
         >>> round(terms.total.item(), 4)  # log 8
@@ -107,6 +129,8 @@ class PedenetLoss(nn.Module):
         reading: DensityLossType = "dagmm",
         covariance_type: CovarianceType = "diag",
         covariance_jitter: float = 1e-3,
+        lambda_var: float = 1.0,
+        min_std: float = 0.25,
     ) -> None:
         super().__init__()
         self.lambda_den = lambda_den
@@ -115,6 +139,8 @@ class PedenetLoss(nn.Module):
         self.reading = reading
         self.covariance_type = covariance_type
         self.covariance_jitter = covariance_jitter
+        self.lambda_var = lambda_var
+        self.min_std = min_std
 
     def forward(
         self,
@@ -138,15 +164,18 @@ class PedenetLoss(nn.Module):
         """
         zero = embeddings.new_zeros(())
         location = location_loss(logits.float(), directions) if self.lambda_lpn > 0 else zero
+        # The statistics divide by small variances: bfloat16 under autocast would not do.
+        embeddings, responsibilities = embeddings.float(), responsibilities.float()
+        variance = variance_loss(embeddings, self.min_std) if self.lambda_var > 0 else zero
         if self.lambda_den > 0:
-            # The statistics divide by small variances: bfloat16 under autocast would not do.
-            embeddings, responsibilities = embeddings.float(), responsibilities.float()
             mixture = estimate_mixture(embeddings, responsibilities, self.covariance_type, self.covariance_jitter)
             density = density_loss(log_density(embeddings, mixture), self.reading)
             regularization = covariance_regularization(mixture)
         else:
             density = regularization = zero
-        total = self.lambda_lpn * location + density_scale * (
-            self.lambda_den * density + self.lambda_reg * regularization
+        total = (
+            self.lambda_lpn * location
+            + density_scale * (self.lambda_den * density + self.lambda_reg * regularization)
+            + self.lambda_var * variance
         )
-        return LossTerms(total, density, location, regularization)
+        return LossTerms(total, density, location, regularization, variance)

@@ -32,7 +32,7 @@ def test_model_configurations(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((CONFIGS / "data").glob("*.yaml")), ids=lambda path: path.stem)
 def test_data_configurations(path: Path) -> None:
     config = read(path)
-    assert get_datamodule(config).name.lower() in {"mvtecad", "parts"}
+    assert get_datamodule(config).name.lower() in {"mvtecad", "parts", "commutator"}
 
 
 def test_the_papers_configuration_has_the_papers_parameters() -> None:

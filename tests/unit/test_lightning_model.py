@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import Resize
 
 from anomalib_pedenet import Pedenet
+
+DEFAULTS = Path(__file__).parents[2] / "configs" / "model" / "pedenet.yaml"
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,8 @@ from anomalib_pedenet import Pedenet
         ({"bank_size": 0}, "bank_size must be at least 1, got 0"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"patches_per_step": 1}, "patches_per_step must be at least 2"),
+        ({"lambda_var": -1.0}, "lambda_var must be at least 0, got -1.0"),
+        ({"pre_trained": True}, "pre_trained must be False: .* has no weights to load"),
         ({"noise": -0.1}, "noise must be at least 0, got -0.1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"density_warmup": 1.5}, "density_warmup must be a fraction"),
@@ -47,6 +52,19 @@ def test_every_argument_is_documented() -> None:
     assert documented is not None
     for name in inspect.signature(Pedenet).parameters:
         assert f"\n    {name} (" in documented, name
+
+
+def test_the_default_configuration_lists_every_default() -> None:
+    init_args = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))["init_args"]
+    defaults = {name: parameter.default for name, parameter in inspect.signature(Pedenet).parameters.items()}
+    parts = {"pre_processor", "post_processor", "evaluator", "visualizer"}
+    expected = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in defaults.items()
+        if name not in parts
+    }
+    assert init_args == expected
+    assert list(init_args) == list(expected)
 
 
 def test_image_size_goes_to_the_pre_processor_unless_one_is_given() -> None:

@@ -8,7 +8,13 @@ import math
 import pytest
 import torch
 
-from anomalib_pedenet.loss import PedenetLoss, covariance_regularization, density_loss, location_loss
+from anomalib_pedenet.loss import (
+    PedenetLoss,
+    covariance_regularization,
+    density_loss,
+    location_loss,
+    variance_loss,
+)
 from anomalib_pedenet.mixture import GaussianMixture, estimate_mixture, log_density
 
 
@@ -43,6 +49,27 @@ def test_location_loss_is_the_cross_entropy() -> None:
     torch.testing.assert_close(location_loss(logits, directions), expected)
 
 
+def test_variance_loss_is_the_mean_shortfall_of_the_standard_deviations() -> None:
+    # Two points at +-a have the standard deviation a * sqrt(2).
+    embeddings = torch.tensor([[-0.1, -0.5, 0.0], [0.1, 0.5, 0.0]])
+    expected = ((0.25 - math.sqrt(0.02 + 1e-4)) + 0.0 + (0.25 - 0.01)) / 3
+    assert variance_loss(embeddings, 0.25).item() == pytest.approx(expected)
+
+
+def test_variance_loss_drives_nearly_equal_embeddings_apart() -> None:
+    embeddings = torch.tensor([[0.001], [-0.001]], requires_grad=True)
+    variance_loss(embeddings, 0.25).backward()
+    assert embeddings.grad is not None
+    assert embeddings.grad[0] < 0 < embeddings.grad[1]  # a step against the gradient
+
+
+def test_variance_loss_has_a_finite_gradient_where_all_embeddings_are_equal() -> None:
+    embeddings = torch.zeros(4, 3, requires_grad=True)
+    variance_loss(embeddings, 0.25).backward()
+    assert embeddings.grad is not None
+    assert bool(embeddings.grad.isfinite().all())
+
+
 @pytest.mark.parametrize("is_full", [False, True])
 def test_regularization_sums_inverse_variances(is_full: bool) -> None:
     variances = torch.tensor([[0.5, 2.0], [4.0, 0.25]])
@@ -53,20 +80,23 @@ def test_regularization_sums_inverse_variances(is_full: bool) -> None:
 
 def test_total_is_the_weighted_sum() -> None:
     embeddings, responsibilities, logits, directions = make_inputs()
-    terms = PedenetLoss(0.5, 2.0, 1e-3)(embeddings, responsibilities, logits, directions)
+    terms = PedenetLoss(0.5, 2.0, 1e-3, lambda_var=3.0, min_std=1.5)(embeddings, responsibilities, logits, directions)
     mixture = estimate_mixture(embeddings, responsibilities)
     torch.testing.assert_close(terms.density, -log_density(embeddings, mixture).mean())
     torch.testing.assert_close(terms.location, location_loss(logits, directions))
     torch.testing.assert_close(terms.regularization, covariance_regularization(mixture))
-    torch.testing.assert_close(terms.total, 0.5 * terms.density + 2 * terms.location + 1e-3 * terms.regularization)
+    torch.testing.assert_close(terms.variance, variance_loss(embeddings, 1.5))
+    expected = 0.5 * terms.density + 2 * terms.location + 1e-3 * terms.regularization + 3 * terms.variance
+    torch.testing.assert_close(terms.total, expected)
 
 
 def test_warm_up_scales_the_density_terms_only() -> None:
     inputs = make_inputs()
-    loss = PedenetLoss(0.5, 2.0, 1e-3)
+    loss = PedenetLoss(0.5, 2.0, 1e-3, lambda_var=3.0, min_std=1.5)
     full, half, none = (loss(*inputs, density_scale=scale) for scale in (1.0, 0.5, 0.0))
     torch.testing.assert_close(half.total, (full.total + none.total) / 2)
-    torch.testing.assert_close(none.total, 2 * none.location)
+    torch.testing.assert_close(none.total, 2 * none.location + 3 * none.variance)
+    assert none.variance > 0
 
 
 @pytest.mark.parametrize(("lambda_den", "lambda_lpn"), [(0.0, 1.0), (1.0, 0.0)])
@@ -74,7 +104,7 @@ def test_a_weight_of_zero_leaves_the_term_out(lambda_den: float, lambda_lpn: flo
     embeddings, responsibilities, logits, directions = make_inputs()
     embeddings.requires_grad_()
     logits.requires_grad_()
-    terms = PedenetLoss(lambda_den, lambda_lpn, 0.1)(embeddings, responsibilities, logits, directions)
+    terms = PedenetLoss(lambda_den, lambda_lpn, 0.1, lambda_var=0.0)(embeddings, responsibilities, logits, directions)
     terms.total.backward()
     assert (embeddings.grad is None) == (lambda_den == 0)
     assert (logits.grad is None) == (lambda_lpn == 0)
