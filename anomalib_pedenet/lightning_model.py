@@ -25,10 +25,11 @@ from anomalib import LearningType
 from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
-from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -116,9 +117,9 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             ``"auto"`` for bfloat16 where the device is fast at it. Scoring is not affected. Defaults to ``"auto"``.
         pre_trained (bool): Must be ``False``: Pedenet is trained from scratch and has no weights to load. Accepted so
             that one benchmark configuration can pass ``pre_trained: false`` to every model. Defaults to ``False``.
-        pre_processor (nn.Module | bool): Pre-processor instance, or whether to use the default one, which resizes to
+        pre_processor (PreProcessor | bool): Pre-processor instance, or whether to use the default one, which resizes to
             ``image_size`` and normalises with ImageNet's statistics. Defaults to ``True``.
-        post_processor (nn.Module | bool): Post-processor instance or flag. Defaults to ``True``.
+        post_processor (PostProcessor | bool): Post-processor instance or flag. Defaults to ``True``.
         evaluator (Evaluator | bool): Evaluator instance or flag. Defaults to ``True``.
         visualizer (Visualizer | bool): Visualizer instance or flag. Defaults to ``True``.
 
@@ -168,8 +169,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         covariance_jitter: float = 1e-3,
         train_precision: TrainPrecision = "auto",
         pre_trained: bool = False,
-        pre_processor: nn.Module | bool = True,
-        post_processor: nn.Module | bool = True,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
@@ -671,7 +672,7 @@ class _NormalImages:
 
     Args:
         loader (DataLoader): The training loader.
-        pre_processor (nn.Module | None): Pre-processor, whose transform is applied.
+        pre_processor (PreProcessor | None): Pre-processor, whose transform is applied.
         device (torch.device): Device of the images.
         indices (Sequence[int] | None): Images to take; all by default.
     """
@@ -679,7 +680,7 @@ class _NormalImages:
     def __init__(
         self,
         loader: DataLoader,
-        pre_processor: nn.Module | None,
+        pre_processor: PreProcessor | None,
         device: torch.device,
         indices: Sequence[int] | None = None,
     ) -> None:

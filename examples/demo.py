@@ -150,11 +150,13 @@ def draw_sheet(category: str, root: Path, checkpoint: Path, path: Path) -> None:
     )
     items = {Path(item.image_path).parent.name: item for batch in batches for item in batch}
 
-    figure = Figure(figsize=(8, 2 * (len(DEFECTS) + 1)), layout="constrained")
-    axes = figure.subplots(len(DEFECTS) + 1, 4)
-    for column, title in enumerate(("image", "true defect", "anomaly map", "predicted outline")):
+    kinds = (*DEFECTS, "good")
+    num_rows = -(-len(kinds) // 2)  # two examples side by side
+    figure = Figure(figsize=(16, 2 * num_rows), layout="constrained")
+    axes = figure.subplots(num_rows, 8)
+    for column, title in enumerate(2 * ("image", "true defect", "anomaly map", "predicted outline")):
         axes[0, column].set_title(title)
-    for row, kind in zip(axes, (*DEFECTS, "good"), strict=True):
+    for row, kind in zip((*axes[:, :4], *axes[:, 4:]), kinds, strict=True):
         item = items[kind]
         anomaly_map = item.anomaly_map.squeeze()
         # The model has resized and normalised its copy of the image: show the file, in the size of the map.
