@@ -54,6 +54,12 @@ MIN_TRAINING_IMAGES = 2
 # Their statistics are those of the training set to a percent or so, and take a second to read.
 _STANDARDIZATION_IMAGES = 64
 
+# Enough to tell aligned parts from unaligned ones; about as many patches as the default memory bank has rows.
+_POSITION_IMAGES = 32
+
+# State that is fitted with the memory bank.
+_FITTED = ("model.scorers.", "model.position_encodings.")
+
 # Hyper-parameters that shape the weights: a checkpoint fits only a model that has the same.
 _ARCHITECTURE = ("patch_sizes", "embedding_dim", "num_components")
 
@@ -80,6 +86,10 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         bank_stride (int): Distance in pixels between the patches of the training images that may enter the bank, a
             multiple of 2. Defaults to ``8``.
         bank_seed (int): Seed of the bank's subset. Defaults to ``0``.
+        position_weight (float | str): How much a patch's distance from the place of a normal patch counts when the two
+            are compared, per length of the image's longer side. ``0`` compares with patches from anywhere (unaligned
+            parts, surfaces), ``32`` with those of nearly the same place (aligned parts). ``"auto"`` chooses from the
+            normal images. Defaults to ``"auto"``.
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         num_components (int): Number K of Gaussian mixture components. Defaults to ``10``.
         max_steps (int): Training length in optimizer steps. A smaller ``Trainer`` limit (``max_steps``,
@@ -145,6 +155,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         bank_size: int = 20_000,
         bank_stride: int = 8,
         bank_seed: int = 0,
+        position_weight: float | Literal["auto"] = "auto",
         embedding_dim: int = 64,
         num_components: int = 10,
         max_steps: int = 2400,
@@ -192,6 +203,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             embedding_dim=embedding_dim,
             num_components=num_components,
             seed=bank_seed,
+            position_weight=position_weight,
         )
         self.loss = PedenetLoss(
             lambda_den=lambda_den,
@@ -279,9 +291,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         self._planned_steps = self._total_steps()
         self._uses_bfloat16 = _uses_bfloat16(self.hparams.train_precision, self.device)
         if self.trainer.global_step == 0:  # a resumed training goes on with the checkpoint's
-            num_images = len(self.trainer.train_dataloader.dataset)
-            chosen = torch.linspace(0, num_images - 1, min(num_images, _STANDARDIZATION_IMAGES)).long().tolist()
-            self.model.fit_standardization(torch.cat(list(self._normal_images(chosen))))
+            self.model.fit_standardization(self._sample_of_normal_images(_STANDARDIZATION_IMAGES))
         logger.info(
             "Training Pedenet for %d steps, networks in %s.",
             self._planned_steps,
@@ -419,20 +429,29 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
 
     def fit(self) -> None:
         """Build the memory bank from all normal training images, without augmentation, with the present weights."""
+        bank_stride = self.hparams.bank_stride
         with (
             torch.inference_mode(mode=False),  # inference tensors could not be saved and trained on afterwards
             torch.no_grad(),
             self.trainer.precision_plugin.forward_context(),  # as the images will be scored
         ):
+            weights = self.model.fit_position_weights(self._sample_of_normal_images(_POSITION_IMAGES), bank_stride)
             images = self._normal_images()
             progress = tqdm(images, "Building the memory bank", len(images), disable=not self.trainer.is_global_zero)
-            self.model.fit(progress, stride=self.hparams.bank_stride)
+            self.model.fit(progress, stride=bank_stride)
+        logger.info("Weight of a patch's position: %s.", ", ".join(f"{w:g} at {s} px" for s, w in weights.items()))
         self._is_fitted = torch.tensor([True], device=self.device)
         self._is_bank_stale = False
 
     def _normal_images(self, indices: Sequence[int] | None = None) -> "_NormalImages":
         """Return the pre-processed training images, one by one, in order and without augmentation."""
         return _NormalImages(self.trainer.train_dataloader, self.pre_processor, self.device, indices)
+
+    def _sample_of_normal_images(self, limit: int) -> torch.Tensor:
+        """Return at most ``limit`` pre-processed training images ``[N, 3, H, W]``, evenly spread over the set."""
+        num_images = len(self.trainer.train_dataloader.dataset)
+        chosen = torch.linspace(0, num_images - 1, min(num_images, limit)).long().tolist()
+        return torch.cat(list(self._normal_images(chosen)))
 
     def on_validation_start(self) -> None:
         """Rebuild the memory bank if training went on since it was built."""
@@ -459,7 +478,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         super().on_save_checkpoint(checkpoint)
         if self._is_bank_stale:
             self.fit()
-            bank = {name: value for name, value in self.state_dict().items() if name.startswith("model.scorers.")}
+            bank = {name: value for name, value in self.state_dict().items() if name.startswith(_FITTED)}
             checkpoint["state_dict"].update(bank, _is_fitted=self._is_fitted)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -607,6 +626,9 @@ def _validate(hparams: Mapping[str, Any]) -> None:
             if hparams[name] < limit:
                 msg = f"{name} must be at least {limit}, got {hparams[name]}."
                 raise ValueError(msg)
+    if hparams["position_weight"] != "auto" and not 0 <= hparams["position_weight"] < math.inf:
+        msg = f"position_weight must be 'auto' or a finite number of at least 0, got {hparams['position_weight']}."
+        raise ValueError(msg)
     if hparams["learning_rate"] <= 0:
         msg = f"learning_rate must be above 0, got {hparams['learning_rate']}."
         raise ValueError(msg)
@@ -617,6 +639,15 @@ def _validate(hparams: Mapping[str, Any]) -> None:
         msg = "lambda_den and lambda_lpn are both 0, so there is nothing to learn: set one of them above 0."
         raise ValueError(msg)
 
+    _validate_sizes(hparams)
+
+
+def _validate_sizes(hparams: Mapping[str, Any]) -> None:
+    """Check the hyper-parameters that are sizes in pixels.
+
+    Raises:
+        ValueError: If one is outside its range.
+    """
     sizes = list(hparams["patch_sizes"])
     if not sizes or len(set(sizes)) < len(sizes) or not set(sizes) <= {SUB_PATCH_SIZE, PATCH_SIZE}:
         msg = f"patch_sizes must be [{SUB_PATCH_SIZE}], [{PATCH_SIZE}] or both, got {sizes}."

@@ -9,6 +9,7 @@ very graph that is exported.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from anomalib.data import InferenceBatch
@@ -18,6 +19,7 @@ from torch import nn
 from anomalib_pedenet.anomaly_map import Combination, combine_maps, scores_to_map
 from anomalib_pedenet.networks import DensityEstimationNetwork, LocationPredictionNetwork, PatchEmbeddingNetwork
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
+from anomalib_pedenet.position import PositionEncoding, choose_weight
 from anomalib_pedenet.scorers import NearestNeighborScorer
 
 
@@ -35,6 +37,8 @@ class PedenetModel(nn.Module):
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         num_components (int): Number K of mixture components of the DE network. Defaults to ``10``.
         seed (int): Seed of the memory bank's subset. Defaults to ``0``.
+        position_weight (float | Literal["auto"]): Weight of a patch's position in its distance to normal ones, or
+            ``"auto"`` to choose it from normal images, see :mod:`anomalib_pedenet.position`. Defaults to ``"auto"``.
 
     Attributes:
         tiler (Tiler | None): Set by anomalib's ``TilerConfigurationCallback`` to score large images tile by tile.
@@ -59,11 +63,14 @@ class PedenetModel(nn.Module):
         embedding_dim: int = 64,
         num_components: int = 10,
         seed: int = 0,
+        position_weight: float | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         self.patch_sizes = tuple(sorted(patch_sizes))
         self.stride = stride
         self.combination = combination
+        self.bank_size = bank_size
+        self.position_weight = position_weight
         self.tiler: Tiler | None = None
 
         # Location prediction learns only from inputs of about unit variance, which ImageNet's statistics give to
@@ -80,8 +87,10 @@ class PedenetModel(nn.Module):
             {str(size): LocationPredictionNetwork(embedding_dim) for size in self.patch_sizes},
         )
         self.scorers = nn.ModuleDict(
-            {str(size): NearestNeighborScorer(embedding_dim, bank_size, seed) for size in self.patch_sizes},
+            {str(size): NearestNeighborScorer(embedding_dim + 2, bank_size, seed) for size in self.patch_sizes},
         )
+        weight = 0.0 if position_weight == "auto" else position_weight
+        self.position_encodings = nn.ModuleDict({str(size): PositionEncoding(weight) for size in self.patch_sizes})
 
     @property
     def is_fitted(self) -> bool:
@@ -134,13 +143,40 @@ class PedenetModel(nn.Module):
         Raises:
             ValueError: If there are no images, or an embedding is not finite.
         """
+        stride = stride or self.stride
         for scorer in self.scorers.values():
             scorer.reset()
         for images in batches:
-            for size, grid in self._embed(self._tile(images), stride or self.stride).items():
-                self.scorers[str(size)].update(grid.flatten(2).transpose(1, 2).flatten(0, 1))  # [B * h * w, Z]
+            tiles = self._tile(images)
+            for size, grid in self._embed(tiles, stride).items():
+                encoded = self.position_encodings[str(size)](grid, tiles.shape[-2:], stride)
+                self.scorers[str(size)].update(encoded.flatten(2).transpose(1, 2).flatten(0, 1))  # [B * h * w, Z + 2]
         for scorer in self.scorers.values():
             scorer.finalize()
+
+    @torch.no_grad()
+    def fit_position_weights(self, images: torch.Tensor, stride: int | None = None) -> dict[int, float]:
+        """Choose each scale's weight of the position from normal images, unless the weight is given.
+
+        Call it before :meth:`fit`, with images from all over the training set. Tiles have no position in the image, so
+        with a tiler the weights stay 0.
+
+        Args:
+            images (torch.Tensor): Pre-processed normal images ``[B, 3, H, W]``, two or more.
+            stride (int | None): Distance between the patches taken from them, in pixels. Defaults to the model's.
+
+        Returns:
+            dict[int, float]: The weight in use at each patch size.
+        """
+        stride = stride or self.stride
+        if self.position_weight == "auto":
+            for encoding in self.position_encodings.values():
+                encoding.weight.zero_()
+            if self.tiler is None:
+                for size, grids in self._embed(images, stride).items():
+                    weight = choose_weight(grids, tuple(images.shape[-2:]), stride)
+                    self.position_encodings[str(size)].weight.fill_(weight)
+        return {size: float(self.position_encodings[str(size)].weight) for size in self.patch_sizes}
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Score images.
@@ -162,7 +198,8 @@ class PedenetModel(nn.Module):
             maps = []
             for size, grid in self._embed(tiles, self.stride).items():
                 scorer = self.scorers[str(size)]
-                distances = scorer(grid.flatten(2).transpose(1, 2)).unflatten(1, grid.shape[-2:])  # [B, h, w]
+                encoded = self.position_encodings[str(size)](grid, tiles.shape[-2:], self.stride)
+                distances = scorer(encoded.flatten(2).transpose(1, 2)).unflatten(1, grid.shape[-2:])  # [B, h, w]
                 maps.append(scores_to_map(distances / scorer.typical_score, tiles.shape[-2:], size, self.stride))
             anomaly_map = combine_maps(maps, self.combination)
             if self.tiler is not None:

@@ -14,7 +14,7 @@ from anomalib_pedenet import PedenetModel
 @pytest.fixture
 def model() -> PedenetModel:
     torch.manual_seed(0)
-    model = PedenetModel(stride=16, bank_size=300).eval()
+    model = PedenetModel(stride=16, bank_size=300, position_weight=2.0).eval()
     images = torch.rand(3, 3, 128, 160)
     model.fit_standardization(images)
     model.fit([images])
@@ -30,8 +30,9 @@ def naive_map(model: PedenetModel, image: torch.Tensor, size: int) -> torch.Tens
         for left in range(0, image.shape[2] - size + 1, model.stride):
             window = slice(top, top + size), slice(left, left + size)
             patch = model.standardize(image[(slice(None), *window)])
-            embedding = model.embedding_network(patch[None]).detach().numpy()
-            total[window] += cdist(embedding, bank).min()
+            embedding = model.embedding_network(patch[None])[0].tolist()
+            position = [model.position_weight * side / max(image.shape) for side in (top, left)]
+            total[window] += cdist([embedding + position], bank).min()
             count[window] += 1
     return total / count / scorer.typical_score
 
