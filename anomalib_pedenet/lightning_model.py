@@ -61,7 +61,7 @@ _POSITION_IMAGES = 32
 _FITTED = ("model.scorers.", "model.position_encodings.")
 
 # Hyper-parameters that shape the weights: a checkpoint fits only a model that has the same.
-_ARCHITECTURE = ("patch_sizes", "embedding_dim", "num_components")
+_ARCHITECTURE = ("patch_sizes", "embedding_dim", "num_components", "batch_norm")
 
 
 class Pedenet(MemoryBankMixin, AnomalibModule):
@@ -92,6 +92,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             normal images. Defaults to ``"auto"``.
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         num_components (int): Number K of Gaussian mixture components. Defaults to ``10``.
+        batch_norm (bool): Whether batch normalisation follows the small encoder's convolutions. The paper mentions
+            none, but surfaces hardly train without it. Defaults to ``True``.
         max_steps (int): Training length in optimizer steps. A smaller ``Trainer`` limit (``max_steps``,
             ``max_epochs``) stands. Defaults to ``2400``.
         steps_per_image (int): Optimizer steps made for every training image in an epoch, so that each image is decoded
@@ -158,6 +160,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         position_weight: float | Literal["auto"] = "auto",
         embedding_dim: int = 64,
         num_components: int = 10,
+        batch_norm: bool = True,
         max_steps: int = 2400,
         steps_per_image: int = 4,
         training_mode: TrainingMode = "dense",
@@ -204,6 +207,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             num_components=num_components,
             seed=bank_seed,
             position_weight=position_weight,
+            batch_norm=batch_norm,
         )
         self.loss = PedenetLoss(
             lambda_den=lambda_den,
@@ -430,6 +434,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
     def fit(self) -> None:
         """Build the memory bank from all normal training images, without augmentation, with the present weights."""
         bank_stride = self.hparams.bank_stride
+        was_training = self.model.training
+        self.model.eval()  # batch normalisation must use what it has learned, as it will when images are scored
         with (
             torch.inference_mode(mode=False),  # inference tensors could not be saved and trained on afterwards
             torch.no_grad(),
@@ -439,6 +445,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             images = self._normal_images()
             progress = tqdm(images, "Building the memory bank", len(images), disable=not self.trainer.is_global_zero)
             self.model.fit(progress, stride=bank_stride)
+        self.model.train(was_training)
         logger.info("Weight of a patch's position: %s.", ", ".join(f"{w:g} at {s} px" for s, w in weights.items()))
         self._is_fitted = torch.tensor([True], device=self.device)
         self._is_bank_stale = False

@@ -39,6 +39,7 @@ class PedenetModel(nn.Module):
         seed (int): Seed of the memory bank's subset. Defaults to ``0``.
         position_weight (float | Literal["auto"]): Weight of a patch's position in its distance to normal ones, or
             ``"auto"`` to choose it from normal images, see :mod:`anomalib_pedenet.position`. Defaults to ``"auto"``.
+        batch_norm (bool): Whether the small encoder has batch normalisation. Defaults to ``True``.
 
     Attributes:
         tiler (Tiler | None): Set by anomalib's ``TilerConfigurationCallback`` to score large images tile by tile.
@@ -64,6 +65,7 @@ class PedenetModel(nn.Module):
         num_components: int = 10,
         seed: int = 0,
         position_weight: float | Literal["auto"] = "auto",
+        batch_norm: bool = True,
     ) -> None:
         super().__init__()
         self.patch_sizes = tuple(sorted(patch_sizes))
@@ -79,7 +81,8 @@ class PedenetModel(nn.Module):
         self.register_buffer("input_std", torch.ones(()))
         # A third faster on a CPU, and in bfloat16 twice as fast. From the start, not for training alone, because the
         # other memory format rounds differently: a loaded checkpoint must score exactly as the model that saved it.
-        self.embedding_network = PatchEmbeddingNetwork(embedding_dim).to(memory_format=torch.channels_last)
+        network = PatchEmbeddingNetwork(embedding_dim, batch_norm=batch_norm)
+        self.embedding_network = network.to(memory_format=torch.channels_last)
         self.density_networks = nn.ModuleDict(
             {str(size): DensityEstimationNetwork(num_components, embedding_dim) for size in self.patch_sizes},
         )

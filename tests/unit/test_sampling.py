@@ -15,7 +15,7 @@ from anomalib_pedenet.sampling import sample_dense, sample_patches
 @pytest.fixture
 def network() -> PatchEmbeddingNetwork:
     torch.manual_seed(0)
-    return PatchEmbeddingNetwork()
+    return PatchEmbeddingNetwork().eval()  # in training mode, batch normalisation mixes the patches of a batch
 
 
 @pytest.mark.parametrize("num_images", [1, 3, 6])
