@@ -16,7 +16,8 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,6 +35,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from anomalib_pedenet.anomaly_map import Combination
+from anomalib_pedenet.image_pool import ImagePool
 from anomalib_pedenet.loss import DensityLossType, PedenetLoss
 from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.patches import BASE_STRIDE, PATCH_SIZE, SUB_PATCH_SIZE, minimum_training_size
@@ -60,8 +62,22 @@ _POSITION_IMAGES = 32
 # State that is fitted with the memory bank.
 _FITTED = ("model.scorers.", "model.position_encodings.")
 
+# Epochs of a training where `steps_per_image` is left to the model: each ends with a validation and a checkpoint.
+_EPOCHS = 3
+
+_STEPS_PER_IMAGE = 4  # where the number of training images is unknown
+
+# How often the log says how far the training is.
+_NUM_REPORTS = 20
+
 # Hyper-parameters that shape the weights: a checkpoint fits only a model that has the same.
-_ARCHITECTURE = ("patch_sizes", "embedding_dim", "num_components", "batch_norm")
+_ARCHITECTURE: dict[str, Callable[[Any], Any]] = {
+    "patch_sizes": sorted,
+    "embedding_dim": int,
+    "num_components": int,
+    "batch_norm": bool,
+    "lambda_syn": bool,
+}
 
 
 class Pedenet(MemoryBankMixin, AnomalibModule):
@@ -95,13 +111,16 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         batch_norm (bool): Whether batch normalisation follows the small encoder's convolutions. The paper mentions
             none, but surfaces hardly train without it. Defaults to ``True``.
         max_steps (int): Training length in optimizer steps. A smaller ``Trainer`` limit (``max_steps``,
-            ``max_epochs``) stands. Defaults to ``2400``.
-        steps_per_image (int): Optimizer steps made for every training image in an epoch, so that each image is decoded
-            once for several steps. Defaults to ``4``.
+            ``max_epochs``) stands. Defaults to ``4000``.
+        steps_per_image (int | None): Optimizer steps made for every training image in an epoch, so that each image is
+            decoded once for several steps. ``None`` makes ``max_steps`` about three epochs, whatever the number of
+            images; each epoch ends with a validation. Defaults to ``None``.
+        cache_gib (float): Memory for training images that have been decoded, in GiB, on the training device. Crops are
+            drawn from all of them. Defaults to ``2.0``.
         training_mode (str): ``"dense"`` trains on crops whose patches share their computation; ``"patchwise"`` on
             separately cut patches, as the paper does. Defaults to ``"dense"``.
-        crops_per_step (int): Crops in a step (dense training); each is seen in two disturbed views.
-            Defaults to ``4``.
+        crops_per_step (int): Crops in a step (dense training); each is seen in two disturbed views,
+            and in one with drawn defects. Defaults to ``3``.
         crop_size (int): Side of a crop in pixels (dense training). Defaults to ``128``.
         patches_per_step (int): Patches for the density loss in a step; the paper has 128. Defaults to ``1024``.
         pairs_per_step (int): Pairs of neighbouring patches for location prediction in a step; the paper has 36.
@@ -118,6 +137,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         lambda_var (float): Weight of the variance loss L_var, which keeps embeddings from becoming equal while location
             prediction has not learned anything yet; the paper has none (0). Defaults to ``1.0``.
         min_std (float): Standard deviation of the embeddings (in -1..1) below which L_var acts. Defaults to ``0.25``.
+        lambda_syn (float): Weight of the synthetic-defect loss L_syn, which asks the embeddings to tell patches with
+            drawn defects from those without (dense training only); the paper has none (0). Defaults to ``1.0``.
         density_loss (str): Reading of Eq. 9: ``"dagmm"`` (mean of the logarithms) or ``"paper"`` (logarithm of the
             sum, as printed). Defaults to ``"dagmm"``.
         density_warmup (float): Fraction of the training before L_DEN and L_reg set in; over the same fraction again
@@ -161,10 +182,11 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         embedding_dim: int = 64,
         num_components: int = 10,
         batch_norm: bool = True,
-        max_steps: int = 2400,
-        steps_per_image: int = 4,
+        max_steps: int = 4000,
+        steps_per_image: int | None = None,
+        cache_gib: float = 2.0,
         training_mode: TrainingMode = "dense",
-        crops_per_step: int = 4,
+        crops_per_step: int = 3,
         crop_size: int = 128,
         patches_per_step: int = 1024,
         pairs_per_step: int = 1024,
@@ -177,6 +199,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         lambda_reg: float = 1e-7,
         lambda_var: float = 1.0,
         min_std: float = 0.25,
+        lambda_syn: float = 1.0,
         density_loss: DensityLossType = "dagmm",
         density_warmup: float = 0.25,
         covariance_type: CovarianceType = "diag",
@@ -208,6 +231,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             seed=bank_seed,
             position_weight=position_weight,
             batch_norm=batch_norm,
+            defect_prediction=lambda_syn > 0,
         )
         self.loss = PedenetLoss(
             lambda_den=lambda_den,
@@ -218,10 +242,13 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             covariance_jitter=covariance_jitter,
             lambda_var=lambda_var,
             min_std=min_std,
+            lambda_syn=lambda_syn,
         )
         # One batch of images serves several optimizer steps, see `training_step`.
         self.automatic_optimization = False
         self._planned_steps = max_steps
+        self._pool: ImagePool | None = None
+        self._clock = (0, 0.0)  # step and time at which the training started
         self._uses_bfloat16 = False
         self._is_bank_stale = False
         self._has_warned_of_collapse = False
@@ -278,6 +305,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
                 *self.model.embedding_network.parameters(),
                 *self.model.density_networks.parameters(),
                 *self.model.location_networks.parameters(),
+                *self.model.defect_networks.parameters(),
             ],
             lr=self.hparams.learning_rate,
         )
@@ -294,6 +322,9 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         """Measure the training images and choose the arithmetic of the networks."""
         self._planned_steps = self._total_steps()
         self._uses_bfloat16 = _uses_bfloat16(self.hparams.train_precision, self.device)
+        num_images = self._images_per_epoch()
+        self._pool = ImagePool(num_images or 2**31, int(self.hparams.cache_gib * 2**30))
+        self._clock = (self.trainer.global_step, time.monotonic())
         if self.trainer.global_step == 0:  # a resumed training goes on with the checkpoint's
             self.model.fit_standardization(self._sample_of_normal_images(_STANDARDIZATION_IMAGES))
         logger.info(
@@ -306,7 +337,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         """Make several optimizer steps on a batch of normal images.
 
         A step needs a few crops only, so one batch serves ``steps_per_image`` steps for each of its images: decoding
-        and resizing are then a small part of the training time, whatever the size of the images on disk.
+        and resizing are then a small part of the training time, whatever the size of the images on disk. The crops come
+        from all images decoded so far.
 
         Args:
             batch (Batch): Batch of pre-processed normal images.
@@ -314,22 +346,28 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
 
         Raises:
             ValueError: If the images are not finite or too small, or the loss is not finite.
+            RuntimeError: If called outside a training.
         """
         del batch_idx
         _check_finite(batch)
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         remaining = max(0, self._planned_steps - self.trainer.global_step)
-        images = self.model.standardize(batch.image)
+        pool = self._pool
+        if pool is None:
+            msg = "There is no pool of training images: train with anomalib's Engine or a Lightning Trainer."
+            raise RuntimeError(msg)
+        pool.add(self.model.standardize(batch.image))
         history: list[dict[str, torch.Tensor]] = []
-        for _ in range(min(remaining, self.hparams.steps_per_image * len(images))):
+        for _ in range(min(remaining, self._steps_per_image() * len(batch.image))):
             self._is_bank_stale = True
-            loss, metrics = self._joint_loss(images)
+            loss, metrics = self._joint_loss(pool.images)
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
             history.append(metrics)
+            self._report_progress(metrics)
         if history:
             self._report({name: torch.stack([step[name] for step in history]).mean() for name in history[0]})
         if len(history) == remaining:
@@ -343,12 +381,17 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         with torch.autocast(images.device.type, torch.bfloat16) if self._uses_bfloat16 else contextlib.nullcontext():
             for size, sample in self._sample(images).items():
                 logits = self.model.location_networks[str(size)](sample.centers, sample.neighbors)
+                has_defects = sample.defect_embeddings is not None
                 terms = self.loss(
                     sample.embeddings,
                     self.model.density_networks[str(size)](sample.embeddings),
                     logits,
                     sample.directions,
                     density_scale=self._density_scale(),
+                    defect_logits=(
+                        self.model.defect_networks[str(size)](sample.defect_embeddings)[:, 0] if has_defects else None
+                    ),
+                    defect_labels=sample.defect_labels,
                 )
                 total = total + terms.total
                 metrics |= {
@@ -356,6 +399,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
                     f"loss_lpn_{size}": terms.location.detach(),
                     f"loss_reg_{size}": terms.regularization.detach(),
                     f"loss_var_{size}": terms.variance.detach(),
+                    f"loss_syn_{size}": terms.synthetic.detach(),
                     f"lp_accuracy_{size}": (logits.argmax(dim=-1) == sample.directions).float().mean(),
                     f"spread_{size}": sample.embeddings.detach().float().std(dim=0).mean(),
                 }
@@ -375,7 +419,9 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         }
         if hparams.training_mode == "patchwise":
             return sample_patches(**shared)
-        return sample_dense(**shared, num_crops=hparams.crops_per_step, crop_size=hparams.crop_size)
+        return sample_dense(
+            **shared, num_crops=hparams.crops_per_step, crop_size=hparams.crop_size, with_defects=hparams.lambda_syn > 0
+        )
 
     def _density_scale(self) -> float:
         """Return the factor on L_DEN and L_reg: 0 during the warm-up, then rising to 1 over the same time again."""
@@ -388,12 +434,45 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         limits = [self.hparams.max_steps]
         if trainer.max_steps > 0:
             limits.append(trainer.max_steps)
-        num_batches = trainer.num_training_batches
-        if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(num_batches):
-            batch_size = getattr(trainer.train_dataloader, "batch_size", None) or 1
-            num_images = min(num_batches * batch_size, len(trainer.train_dataloader.dataset))
-            limits.append(trainer.max_epochs * num_images * self.hparams.steps_per_image)
+        num_images = self._images_per_epoch()
+        if trainer.max_epochs is not None and trainer.max_epochs > 0 and num_images is not None:
+            limits.append(trainer.max_epochs * num_images * self._steps_per_image())
         return max(1, min(limits))
+
+    def _images_per_epoch(self) -> int | None:
+        """Return the number of training images in an epoch, or ``None`` if it is not known."""
+        num_batches = self.trainer.num_training_batches
+        if not math.isfinite(num_batches):
+            return None
+        loader = self.trainer.train_dataloader
+        return min(int(num_batches) * (getattr(loader, "batch_size", None) or 1), len(loader.dataset))
+
+    def _steps_per_image(self) -> int:
+        """Return the number of steps made for each image of a batch."""
+        if self.hparams.steps_per_image is not None:
+            return int(self.hparams.steps_per_image)
+        num_images = self._images_per_epoch()
+        if num_images is None:
+            return _STEPS_PER_IMAGE
+        limit = self.trainer.max_epochs
+        epochs = min(_EPOCHS, limit) if limit is not None and limit > 0 else _EPOCHS
+        return max(1, math.ceil(self.hparams.max_steps / (epochs * num_images)))
+
+    def _report_progress(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Say in the log now and then how far the training is: a batch can take minutes."""
+        step = self.trainer.global_step
+        if step % max(1, self._planned_steps // _NUM_REPORTS) or not self.trainer.is_global_zero:
+            return
+        first_step, start = self._clock
+        rate = (step - first_step) / (time.monotonic() - start)
+        logger.info(
+            "Step %d of %d, %.1f steps/s, about %.0f s left, loss %.3f.",
+            step,
+            self._planned_steps,
+            rate,
+            (self._planned_steps - step) / rate,
+            metrics["train_loss"].item(),
+        )
 
     def _report(self, metrics: dict[str, torch.Tensor]) -> None:
         """Log the means over a batch's steps, show their essence on the progress bar, and watch for collapse.
@@ -410,7 +489,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             raise ValueError(msg)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1)
         sizes = self.model.patch_sizes
-        for label, prefix in (("den", "loss_den"), ("lpn", "loss_lpn"), ("reg", "loss_reg")):
+        for label, prefix in (("den", "loss_den"), ("lpn", "loss_lpn"), ("reg", "loss_reg"), ("syn", "loss_syn")):
             value = torch.stack([metrics[f"{prefix}_{size}"] for size in sizes]).sum()
             self.log(label, value, prog_bar=True, logger=False, on_step=True, on_epoch=False)
         accuracy = torch.stack([metrics[f"lp_accuracy_{size}"] for size in sizes]).mean()
@@ -470,6 +549,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
     def on_train_end(self) -> None:
         """Rebuild the memory bank if training went on since it was built."""
         self._refresh_bank()
+        self._pool = None
 
     def _refresh_bank(self) -> None:
         """Build the memory bank if it is not that of the present weights."""
@@ -506,9 +586,9 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             # What is planned anew stands: otherwise a longer max_steps could not be resumed to.
             state.pop("total_steps", None)
             state.pop("_schedule_phases", None)
-        for name in _ARCHITECTURE:
+        for name, key in _ARCHITECTURE.items():
             ours, theirs = self.hparams[name], saved.get(name, self.hparams[name])
-            if (sorted(ours) != sorted(theirs)) if name == "patch_sizes" else (ours != theirs):
+            if key(ours) != key(theirs):
                 msg = (
                     f"The checkpoint was trained with {name}={theirs}, but this model has {name}={ours}: set "
                     f"--model.{name} to {theirs}, or load it with Pedenet.load_from_checkpoint, which takes the "
@@ -613,7 +693,6 @@ def _validate(hparams: Mapping[str, Any]) -> None:
         "embedding_dim",
         "num_components",
         "max_steps",
-        "steps_per_image",
         "crops_per_step",
         "pairs_per_step",
     )
@@ -624,6 +703,7 @@ def _validate(hparams: Mapping[str, Any]) -> None:
         "lambda_lpn",
         "lambda_reg",
         "lambda_var",
+        "lambda_syn",
         "min_std",
         "covariance_jitter",
         "bank_seed",
@@ -642,8 +722,17 @@ def _validate(hparams: Mapping[str, Any]) -> None:
     if not 0 <= hparams["density_warmup"] <= 1:
         msg = f"density_warmup must be a fraction of the training from 0 to 1, got {hparams['density_warmup']}."
         raise ValueError(msg)
-    if hparams["lambda_den"] == hparams["lambda_lpn"] == 0:
-        msg = "lambda_den and lambda_lpn are both 0, so there is nothing to learn: set one of them above 0."
+    if hparams["lambda_den"] == hparams["lambda_lpn"] == hparams["lambda_syn"] == 0:
+        msg = "lambda_den, lambda_lpn and lambda_syn are all 0, so there is nothing to learn: set one of them above 0."
+        raise ValueError(msg)
+    if hparams["training_mode"] == "patchwise" and hparams["lambda_syn"] > 0:
+        msg = "Defects are drawn in dense training only: set lambda_syn to 0 for training_mode 'patchwise'."
+        raise ValueError(msg)
+    if hparams["steps_per_image"] is not None and hparams["steps_per_image"] < 1:
+        msg = f"steps_per_image must be at least 1, or None to choose it, got {hparams['steps_per_image']}."
+        raise ValueError(msg)
+    if hparams["cache_gib"] <= 0:
+        msg = f"cache_gib must be above 0, got {hparams['cache_gib']}."
         raise ValueError(msg)
 
     _validate_sizes(hparams)

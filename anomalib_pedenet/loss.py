@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-pedenet authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The joint loss of PEDENet (Eqs. 8 to 11), and a floor under the embeddings' spread.
+"""The joint loss of PEDENet (Eqs. 8 to 11), a floor under the embeddings' spread, and defect prediction.
 
 ``L = lambda_1 L_DEN + lambda_2 L_LPN + lambda_3 L_reg`` (Eq. 8): the negative log density of the embeddings under the
 mixture of their batch, the cross-entropy of location prediction, and a regulariser that keeps the covariances away
@@ -10,6 +10,9 @@ from singular ones.
 ``+ lambda_var L_var`` is not in the paper. While location prediction is still at chance, as it is for long on uniform
 textures, its loss is lowest when all embeddings are equal, so it drives them there and never learns. VICReg's variance
 term forbids that, and is zero wherever the embeddings spread by themselves.
+
+``+ lambda_syn L_syn`` is not in the paper either: it asks the embeddings to tell patches with a drawn defect from those
+without (:mod:`anomalib_pedenet.synthetic`), which gives surfaces something to learn.
 
 Reference:
     PEDENet, https://arxiv.org/abs/2110.15525, section 3.3.
@@ -90,6 +93,25 @@ def variance_loss(embeddings: torch.Tensor, min_std: float) -> torch.Tensor:
     return F.relu(min_std - (embeddings.var(dim=0) + 1e-4).sqrt()).mean()
 
 
+MIN_CLASS_SHARE = 0.02
+"""The rarer class weighs in L_syn as if it had at least this share: a handful of patches must not make a step."""
+
+
+def defect_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Synthetic-defect loss L_syn: binary cross-entropy, with both classes of equal weight.
+
+    Args:
+        logits (torch.Tensor): Output of the defect prediction network, ``[N]``.
+        labels (torch.Tensor): 1 for patches with a drawn defect, else 0, float ``[N]``.
+
+    Returns:
+        torch.Tensor: Scalar loss in nats; log 2 is chance.
+    """
+    share = labels.mean().clamp(MIN_CLASS_SHARE, 1 - MIN_CLASS_SHARE)
+    weights = torch.where(labels > 0, 0.5 / share, 0.5 / (1 - share))
+    return F.binary_cross_entropy_with_logits(logits, labels, weights)
+
+
 class LossTerms(NamedTuple):
     """The weighted sum of one step and its unweighted terms, each a scalar tensor."""
 
@@ -98,10 +120,11 @@ class LossTerms(NamedTuple):
     location: torch.Tensor
     regularization: torch.Tensor
     variance: torch.Tensor
+    synthetic: torch.Tensor
 
 
 class PedenetLoss(nn.Module):
-    """Joint loss of PEDENet (Eq. 8), with the variance loss added.
+    """Joint loss of PEDENet (Eq. 8), with the variance and synthetic-defect losses added.
 
     Args:
         lambda_den (float): Weight lambda_1 of L_DEN; 0 leaves the term out (Table 4, "L_LPN only").
@@ -112,6 +135,7 @@ class PedenetLoss(nn.Module):
         covariance_jitter (float): Added to the covariances' diagonals.
         lambda_var (float): Weight of L_var; 0 leaves the term out, as in the paper.
         min_std (float): Floor of L_var, see :func:`variance_loss`.
+        lambda_syn (float): Weight of L_syn, see :func:`defect_loss`; 0 leaves the term out, as in the paper.
 
     Example:
         >>> loss = PedenetLoss(lambda_den=0.0, lambda_var=0.0)
@@ -131,6 +155,7 @@ class PedenetLoss(nn.Module):
         covariance_jitter: float = 1e-3,
         lambda_var: float = 1.0,
         min_std: float = 0.25,
+        lambda_syn: float = 0.0,
     ) -> None:
         super().__init__()
         self.lambda_den = lambda_den
@@ -141,6 +166,7 @@ class PedenetLoss(nn.Module):
         self.covariance_jitter = covariance_jitter
         self.lambda_var = lambda_var
         self.min_std = min_std
+        self.lambda_syn = lambda_syn
 
     def forward(
         self,
@@ -149,6 +175,8 @@ class PedenetLoss(nn.Module):
         logits: torch.Tensor,
         directions: torch.Tensor,
         density_scale: float = 1.0,
+        defect_logits: torch.Tensor | None = None,
+        defect_labels: torch.Tensor | None = None,
     ) -> LossTerms:
         """Compute the joint loss of one scale.
 
@@ -158,9 +186,15 @@ class PedenetLoss(nn.Module):
             logits (torch.Tensor): Output of the LP network for M pairs, ``[M, 8]``.
             directions (torch.Tensor): True neighbours of the pairs, ``[M]``, int64 in 0..7.
             density_scale (float): Factor on lambda_1 and lambda_3, in [0, 1], for their warm-up.
+            defect_logits (torch.Tensor | None): Output of the defect prediction network for D patches, ``[D]``.
+                Needed, with the labels, if ``lambda_syn`` is above 0.
+            defect_labels (torch.Tensor | None): 1 for patches with a drawn defect, else 0, float ``[D]``.
 
         Returns:
             LossTerms: Weighted total and unweighted terms. A term whose weight is 0 is 0.
+
+        Raises:
+            ValueError: If ``lambda_syn`` is above 0 and there are no drawn defects.
         """
         zero = embeddings.new_zeros(())
         location = location_loss(logits.float(), directions) if self.lambda_lpn > 0 else zero
@@ -173,9 +207,16 @@ class PedenetLoss(nn.Module):
             regularization = covariance_regularization(mixture)
         else:
             density = regularization = zero
+        synthetic = zero
+        if self.lambda_syn > 0:
+            if defect_logits is None or defect_labels is None:
+                msg = "lambda_syn is above 0, but there are no drawn defects: pass defect_logits and defect_labels."
+                raise ValueError(msg)
+            synthetic = defect_loss(defect_logits.float(), defect_labels)
         total = (
             self.lambda_lpn * location
             + density_scale * (self.lambda_den * density + self.lambda_reg * regularization)
             + self.lambda_var * variance
+            + self.lambda_syn * synthetic
         )
-        return LossTerms(total, density, location, regularization, variance)
+        return LossTerms(total, density, location, regularization, variance, synthetic)

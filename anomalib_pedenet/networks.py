@@ -234,6 +234,25 @@ class LocationPredictionNetwork(nn.Module):
         return self.layers(embeddings - neighbor_embeddings)
 
 
+class DefectPredictionNetwork(nn.Sequential):
+    """Defect prediction network: does a patch hold a drawn defect? Used in training only, and not in the paper.
+
+    A multi-layer perceptron Z -> 128 -> 1 with LeakyReLU 0.1 on an embedding.
+
+    Args:
+        embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
+        hidden_dims (Sequence[int]): Widths of the hidden layers.
+
+    Example:
+        >>> DefectPredictionNetwork()(torch.randn(7, 64)).shape
+        torch.Size([7, 1])
+    """
+
+    def __init__(self, embedding_dim: int = 64, hidden_dims: Sequence[int] = (128,)) -> None:
+        super().__init__(*_perceptron([embedding_dim, *hidden_dims, 1]))
+        initialize_weights(self)
+
+
 def _perceptron(widths: Sequence[int]) -> list[nn.Module]:
     """Return the layers of a multi-layer perceptron, with LeakyReLU 0.1 between them and none after the last."""
     layers: list[nn.Module] = []

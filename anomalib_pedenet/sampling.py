@@ -22,6 +22,7 @@ from anomalib_pedenet.patches import (
     sample_neighbor_pairs,
     sample_positions,
 )
+from anomalib_pedenet.synthetic import draw_defects, label_patches
 
 
 class EmbeddingSample(NamedTuple):
@@ -32,12 +33,16 @@ class EmbeddingSample(NamedTuple):
         centers (torch.Tensor): Embeddings z of the centre patches of M pairs, ``[M, Z]``.
         neighbors (torch.Tensor): Embeddings z' of their neighbours, ``[M, Z]``.
         directions (torch.Tensor): Where the neighbours lie, int64 ``[M]`` in 0..7.
+        defect_embeddings (torch.Tensor | None): Embeddings of patches with and without drawn defects, ``[D, Z]``.
+        defect_labels (torch.Tensor | None): 1 for those with a defect, else 0, float ``[D]``.
     """
 
     embeddings: torch.Tensor
     centers: torch.Tensor
     neighbors: torch.Tensor
     directions: torch.Tensor
+    defect_embeddings: torch.Tensor | None = None
+    defect_labels: torch.Tensor | None = None
 
 
 def sample_dense(
@@ -50,6 +55,7 @@ def sample_dense(
     num_pairs: int = 1024,
     color_shift: float = 0.1,
     noise: float = 0.1,
+    with_defects: bool = False,
 ) -> dict[int, EmbeddingSample]:
     """Embed random crops densely and draw patches and pairs from the result.
 
@@ -63,6 +69,8 @@ def sample_dense(
         num_pairs (int): Pairs M for location prediction, over all crops (rounded up to the same number for each).
         color_shift (float): See :func:`anomalib_pedenet.patches.disturb`.
         noise (float): See :func:`anomalib_pedenet.patches.disturb`.
+        with_defects (bool): Whether a third view of each crop, with drawn defects, gives ``defect_embeddings``: all
+            patches of that view and of the first one.
 
     Returns:
         dict[int, EmbeddingSample]: A sample for each patch size.
@@ -75,9 +83,13 @@ def sample_dense(
     # A permutation, repeated as often as needed, spreads the crops evenly over the images.
     indices = torch.randperm(len(images), device=device).repeat(-(-num_crops // len(images)))[:num_crops]
     crops = extract_patches(images, indices, sample_positions(num_crops, images.shape[-2:], crop, device), crop)
-    views = torch.cat([disturb(crops, color_shift, noise) for _ in range(2)])
+    crops = crops.float()
+    views = [crops, crops]
+    if with_defects:
+        defective, masks = draw_defects(crops)
+        views.append(defective)
     grids = network.embed_dense(
-        views.contiguous(memory_format=torch.channels_last),
+        torch.cat([disturb(view, color_shift, noise) for view in views]).contiguous(memory_format=torch.channels_last),
         stride=BASE_STRIDE,
         patch_sizes=patch_sizes,
     )
@@ -85,13 +97,21 @@ def sample_dense(
     samples: dict[int, EmbeddingSample] = {}
     for size, grid in grids.items():
         pairs = sample_neighbor_pairs((num_crops, -(-num_pairs // num_crops)), crop, size, BASE_STRIDE, device)
-        first, second = grid.chunk(2)  # the two views, [num_crops, Z, h, w] each
-        chosen = torch.randint(len(views) * grid[0, 0].numel(), (num_patches,), device=device)
+        normal, drawn_on = grid[: 2 * num_crops], grid[2 * num_crops :]
+        first, second = normal.chunk(2)  # the two views, [num_crops, Z, h, w] each
+        chosen = torch.randint(len(normal) * grid[0, 0].numel(), (num_patches,), device=device)
+        defect_embeddings = defect_labels = None
+        if with_defects:
+            labels = label_patches(masks, size, BASE_STRIDE)
+            defect_embeddings = torch.cat([first, drawn_on]).permute(0, 2, 3, 1).flatten(0, 2)
+            defect_labels = torch.cat([torch.zeros_like(labels), labels]).flatten()
         samples[size] = EmbeddingSample(
-            embeddings=grid.permute(0, 2, 3, 1).flatten(0, 2)[chosen],
+            embeddings=normal.permute(0, 2, 3, 1).flatten(0, 2)[chosen],
             centers=gather_embeddings(first, pairs.positions, BASE_STRIDE).flatten(0, 1),
             neighbors=gather_embeddings(second, pairs.neighbor_positions, BASE_STRIDE).flatten(0, 1),
             directions=pairs.directions.flatten(),
+            defect_embeddings=defect_embeddings,
+            defect_labels=defect_labels,
         )
     return samples
 
@@ -138,7 +158,7 @@ def sample_patches(
                 ]
             ),
             (size, size),
-        )
+        ).float()
         embeddings = network(disturb(patches, color_shift, noise).contiguous(memory_format=torch.channels_last))
         density, centers, neighbors = embeddings.split([num_patches, num_pairs, num_pairs])
         samples[size] = EmbeddingSample(density, centers, neighbors, pairs.directions)

@@ -17,7 +17,12 @@ from anomalib.data.utils.tiler import Tiler
 from torch import nn
 
 from anomalib_pedenet.anomaly_map import Combination, combine_maps, scores_to_map
-from anomalib_pedenet.networks import DensityEstimationNetwork, LocationPredictionNetwork, PatchEmbeddingNetwork
+from anomalib_pedenet.networks import (
+    DefectPredictionNetwork,
+    DensityEstimationNetwork,
+    LocationPredictionNetwork,
+    PatchEmbeddingNetwork,
+)
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.position import PositionEncoding, choose_weight
 from anomalib_pedenet.scorers import NearestNeighborScorer
@@ -40,6 +45,8 @@ class PedenetModel(nn.Module):
         position_weight (float | Literal["auto"]): Weight of a patch's position in its distance to normal ones, or
             ``"auto"`` to choose it from normal images, see :mod:`anomalib_pedenet.position`. Defaults to ``"auto"``.
         batch_norm (bool): Whether the small encoder has batch normalisation. Defaults to ``True``.
+        defect_prediction (bool): Whether there is a network at each scale to be trained on drawn defects.
+            Defaults to ``False``.
 
     Attributes:
         tiler (Tiler | None): Set by anomalib's ``TilerConfigurationCallback`` to score large images tile by tile.
@@ -66,6 +73,7 @@ class PedenetModel(nn.Module):
         seed: int = 0,
         position_weight: float | Literal["auto"] = "auto",
         batch_norm: bool = True,
+        defect_prediction: bool = False,
     ) -> None:
         super().__init__()
         self.patch_sizes = tuple(sorted(patch_sizes))
@@ -88,6 +96,9 @@ class PedenetModel(nn.Module):
         )
         self.location_networks = nn.ModuleDict(
             {str(size): LocationPredictionNetwork(embedding_dim) for size in self.patch_sizes},
+        )
+        self.defect_networks = nn.ModuleDict(
+            {str(size): DefectPredictionNetwork(embedding_dim) for size in self.patch_sizes if defect_prediction},
         )
         self.scorers = nn.ModuleDict(
             {str(size): NearestNeighborScorer(embedding_dim + 2, bank_size, seed) for size in self.patch_sizes},

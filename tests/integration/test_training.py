@@ -41,7 +41,7 @@ def train(datamodule: MVTecAD, root: Path, model: Pedenet, *callbacks: Callback,
 def rebuilt_bank(path: Path, datamodule: MVTecAD) -> dict[str, torch.Tensor]:
     """Build the bank from a checkpoint's weights and the training images, by the torch model alone."""
     state = torch.load(path, weights_only=True)["state_dict"]
-    model = PedenetModel(stride=16, bank_size=100).eval()
+    model = PedenetModel(stride=16, bank_size=100, defect_prediction=True).eval()
     model.load_state_dict({name.removeprefix("model."): value for name, value in state.items() if "model." in name})
     transform = Pedenet.configure_pre_processor((144, 160)).transform
     model.fit([transform(item.image)[None] for item in datamodule.train_data])
@@ -128,7 +128,7 @@ def test_the_smaller_limit_of_steps_stands(
 
 
 @pytest.mark.parametrize(
-    "options", [{"training_mode": "patchwise"}, {"patch_sizes": [64]}, {"covariance_type": "full"}]
+    "options", [{"training_mode": "patchwise", "lambda_syn": 0.0}, {"patch_sizes": [64]}, {"covariance_type": "full"}]
 )
 def test_other_ways_to_train(datamodule: MVTecAD, tmp_path: Path, options: dict[str, Any]) -> None:
     model = Pedenet(**{**SMALL, **options}, max_steps=6, density_warmup=0.0)
@@ -138,12 +138,50 @@ def test_other_ways_to_train(datamodule: MVTecAD, tmp_path: Path, options: dict[
     assert any(not torch.equal(a, b) for a, b in zip(before, model.model.density_networks.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(("max_epochs", "epochs"), [(-1, 3), (2, 2), (1, 1)])
+def test_a_training_is_three_epochs_unless_the_trainer_says_less(
+    datamodule: MVTecAD,
+    tmp_path: Path,
+    max_epochs: int,
+    epochs: int,
+) -> None:
+    model = Pedenet(**{**SMALL, "steps_per_image": None}, max_steps=35)  # 6 images: not a whole number of steps each
+    engine = train(datamodule, tmp_path, model, max_epochs=max_epochs)
+    assert engine.trainer.global_step == 35
+    assert engine.trainer.current_epoch == epochs
+
+
+def test_crops_come_from_all_images_decoded_so_far(datamodule: MVTecAD, tmp_path: Path) -> None:
+    """The data module delivers batches of three of its six images."""
+    sizes = []
+
+    class Recorder(Pedenet):
+        def _joint_loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            sizes.append(len(images))
+            return super()._joint_loss(images)
+
+    train(datamodule, tmp_path, Recorder(**SMALL, max_steps=12))
+    assert sizes == [3] * 3 + [6] * 9
+
+
+def test_the_log_says_how_far_the_training_is(
+    datamodule: MVTecAD,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="anomalib_pedenet"):
+        train(datamodule, tmp_path, Pedenet(**SMALL, max_steps=40))
+    reports = [record.getMessage() for record in caplog.records if " s left" in record.getMessage()]
+    assert len(reports) == 20
+    assert reports[-1].startswith("Step 40 of 40, ")
+
+
 def test_every_term_is_logged(datamodule: MVTecAD, tmp_path: Path) -> None:
     engine = train(datamodule, tmp_path, Pedenet(**SMALL, max_steps=6), logger=CSVLogger(tmp_path))
     logged = set(engine.trainer.logged_metrics)
-    names = ("loss_den", "loss_lpn", "loss_reg", "lp_accuracy", "spread")
+    names = ("loss_den", "loss_lpn", "loss_reg", "loss_var", "loss_syn", "lp_accuracy", "spread")
     assert {"train_loss"} | {f"{name}_{size}" for name in names for size in (32, 64)} <= logged
-    assert {"den", "lpn", "reg", "lp_acc", "spread", "step"} <= set(engine.trainer.progress_bar_metrics)
+    assert {"den", "lpn", "reg", "syn", "lp_acc", "spread", "step"} <= set(engine.trainer.progress_bar_metrics)
 
 
 def test_collapse_is_said_once_with_its_remedy(
@@ -151,7 +189,16 @@ def test_collapse_is_said_once_with_its_remedy(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model = Pedenet(**SMALL, max_steps=40, lambda_den=10.0, lambda_lpn=0.0, density_warmup=0.0, learning_rate=1e-2)
+    model = Pedenet(
+        **SMALL,
+        max_steps=40,
+        lambda_den=10.0,
+        lambda_lpn=0.0,
+        lambda_syn=0.0,
+        lambda_var=0.0,
+        density_warmup=0.0,
+        learning_rate=1e-2,
+    )
     with caplog.at_level(logging.WARNING, logger="anomalib_pedenet"):
         train(datamodule, tmp_path, model, limit_val_batches=0)
     (warning,) = [record.getMessage() for record in caplog.records if "collapsed" in record.getMessage()]

@@ -37,7 +37,11 @@ DEFAULTS = Path(__file__).parents[2] / "configs" / "model" / "pedenet.yaml"
         ({"noise": -0.1}, "noise must be at least 0, got -0.1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"density_warmup": 1.5}, "density_warmup must be a fraction"),
-        ({"lambda_den": 0.0, "lambda_lpn": 0.0}, "both 0, so there is nothing to learn"),
+        ({"lambda_den": 0.0, "lambda_lpn": 0.0, "lambda_syn": 0.0}, "all 0, so there is nothing to learn"),
+        ({"training_mode": "patchwise"}, "dense training only: set lambda_syn to 0"),
+        ({"lambda_syn": -1.0}, "lambda_syn must be at least 0"),
+        ({"steps_per_image": 0}, "steps_per_image must be at least 1, or None to choose it, got 0"),
+        ({"cache_gib": 0.0}, "cache_gib must be above 0"),
         ({"image_size": (100, 256)}, r"image_size must be at least 112 px.*got \(100, 256\).*patch_sizes=\[32\]"),
         ({"crop_size": 96}, "crop_size must be at least 112 px"),
     ],
@@ -97,6 +101,11 @@ def test_checkpoints_of_other_networks_are_refused() -> None:
     saved = Pedenet(patch_sizes=[64])
     checkpoint: dict[str, Any] = {"state_dict": saved.state_dict(), "hyper_parameters": dict(saved.hparams)}
     with pytest.raises(ValueError, match=r"trained with patch_sizes=\[64\].*set --model.patch_sizes to \[64\]"):
+        Pedenet().on_load_checkpoint(checkpoint)
+    saved = Pedenet(lambda_syn=0.0)
+    checkpoint = {"state_dict": saved.state_dict(), "hyper_parameters": dict(saved.hparams)}
+    Pedenet(lambda_syn=0.0).on_load_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match=r"trained with lambda_syn=0.0.*set --model.lambda_syn to 0.0"):
         Pedenet().on_load_checkpoint(checkpoint)
     with pytest.raises(ValueError, match="holds no Pedenet weights"):
         Pedenet().on_load_checkpoint({"state_dict": {"model.weight": torch.zeros(1)}, "hyper_parameters": {}})

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from anomalib_pedenet.loss import (
+    MIN_CLASS_SHARE,
     PedenetLoss,
     covariance_regularization,
+    defect_loss,
     density_loss,
     location_loss,
     variance_loss,
@@ -114,3 +116,32 @@ def test_a_weight_of_zero_leaves_the_term_out(lambda_den: float, lambda_lpn: flo
 def test_unknown_reading_is_refused() -> None:
     with pytest.raises(ValueError, match="'dagmm' or 'paper', got 'other'"):
         density_loss(torch.zeros(3), "other")  # type: ignore[arg-type]
+
+
+def test_defect_loss_gives_both_classes_equal_weight() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(300), (torch.rand(300) < 0.2).float()
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    positive, negative = labels == 1, labels == 0
+    expected = (bce(logits[positive], labels[positive]) + bce(logits[negative], labels[negative])) / 2
+    torch.testing.assert_close(defect_loss(logits, labels), expected)
+
+
+def test_a_handful_of_defective_patches_does_not_make_a_step() -> None:
+    labels = torch.zeros(1000)
+    labels[0] = 1
+    wrong = torch.where(labels > 0, -1.0, -20.0)  # right about the normal ones, wrong about the single defective one
+    share = defect_loss(wrong, labels) / torch.nn.functional.softplus(torch.tensor(1.0))
+    assert share.item() == pytest.approx(0.5 * (1 / 1000) / MIN_CLASS_SHARE, rel=1e-3)
+
+
+def test_defect_prediction_joins_the_total_with_its_weight() -> None:
+    embeddings, responsibilities = torch.randn(16, 64), torch.full((16, 2), 0.5)
+    arguments = (embeddings, responsibilities, torch.zeros(4, 8), torch.arange(4))
+    logits, labels = torch.randn(20), torch.arange(20).remainder(2).float()
+    without = PedenetLoss()(*arguments)
+    terms = PedenetLoss(lambda_syn=3.0)(*arguments, defect_logits=logits, defect_labels=labels)
+    assert without.synthetic == 0
+    torch.testing.assert_close(terms.total, without.total + 3 * defect_loss(logits, labels))
+    with pytest.raises(ValueError, match="pass defect_logits and defect_labels"):
+        PedenetLoss(lambda_syn=3.0)(*arguments)

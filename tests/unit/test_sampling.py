@@ -64,6 +64,28 @@ def test_the_two_patches_of_a_pair_are_disturbed_independently(network: PatchEmb
         assert (sample.centers - sample.neighbors).abs().max() < 1e-5
 
 
+def test_defects_are_drawn_on_a_third_view(network: PatchEmbeddingNetwork) -> None:
+    """Each labelled embedding is that of its patch, with the drawn defect or without; the density sees none of them."""
+    torch.manual_seed(1)
+    image = torch.randn(1, 3, 128, 128)
+    options = {"num_crops": 2, "num_pairs": 8, "num_patches": 200, "color_shift": 0.0, "noise": 0.0}
+    samples = sample_dense(network, image, (32, 64), **options, with_defects=True)
+    for size, sample in samples.items():
+        patches = image[0].unfold(1, size, 2).unfold(2, size, 2).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        clean = network(patches)
+        first, drawn_on = sample.defect_embeddings.chunk(2)
+        assert not sample.defect_labels[: len(first)].any()
+        labels = sample.defect_labels[len(first) :]
+        assert 0 < labels.mean() < 1
+        torch.testing.assert_close(first, clean.repeat(2, 1), rtol=0, atol=1e-4)
+        changed = (drawn_on - clean.repeat(2, 1)).abs().amax(dim=1)
+        assert changed[labels > 0].median() > 1e-2
+        exact = "donot_use_mm_for_euclid_dist"
+        is_clean = torch.cdist(sample.embeddings, clean, compute_mode=exact).amin(dim=1) < 1e-3
+        assert is_clean.all()
+    assert sample_dense(network, image, (64,), **options)[64].defect_embeddings is None
+
+
 def test_small_images_are_taken_whole(network: PatchEmbeddingNetwork) -> None:
     samples = sample_dense(network, torch.randn(2, 3, 112, 120), (64,), crop_size=256, num_pairs=8)
     assert samples[64].centers.shape == (8, 64)

@@ -1,0 +1,136 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Train Pedenet with one or more settings and seeds, and write what each run reached and cost as lines of CSV.
+
+Two files are appended to: ``<output>.csv`` has a line for each run (AUROC on the test images, seconds of the training),
+``<output>_curve.csv`` one for each validation on the way (seconds of training so far, without the validations before,
+and AUROC). With ``--synthetic`` the validation is label-free: anomalib draws defects on training images held back.
+
+Example:
+    ``python benchmarks/train.py --data configs/data/mvtec_ad.yaml --seeds 0 1 2 --output bottle --set "{}"
+    --set "{lambda_syn: 0.0}"``
+"""
+
+import argparse
+import csv
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.data import AnomalibDataModule, get_datamodule
+from anomalib.engine import Engine
+from anomalib.metrics import AUROC, Evaluator
+from anomalib.models import Pedenet
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+TEST_METRICS = ("pixel_AUROC", "image_AUROC")
+
+
+class Curve(Callback):
+    """Notes AUROC at every validation, and the time spent so far on everything but validations."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.paused = 0.0
+        self.validation_start = 0.0
+        self.points: list[dict[str, float]] = []
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock; the memory bank has been built by now."""
+        del trainer, pl_module
+        self.validation_start = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note a point and start the clock again."""
+        del pl_module
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
+        seconds = self.validation_start - self.start - self.paused
+        self.points.append({"step": trainer.global_step, "seconds": round(seconds, 1), **metrics})
+        self.paused += time.monotonic() - self.validation_start
+
+
+def to_dict(config: DictConfig | ListConfig) -> dict[str, Any]:
+    """Return a configuration's content under its names."""
+    return {str(name): value for name, value in dict(OmegaConf.to_container(config)).items()}  # type: ignore[arg-type]
+
+
+def make_datamodule(options: argparse.Namespace) -> AnomalibDataModule:
+    """Make the data module that the options name."""
+    config = to_dict(OmegaConf.load(options.data))
+    if options.root is not None:
+        config["init_args"]["root"] = str(options.root)
+    if options.category is not None:
+        config["init_args"]["category"] = options.category
+    if options.synthetic:
+        config["init_args"] |= {"val_split_mode": "synthetic", "val_split_ratio": 0.2}
+    return get_datamodule(config)
+
+
+def run(options: argparse.Namespace, settings: DictConfig, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train and test once.
+
+    Returns:
+        tuple[dict[str, Any], list[dict[str, Any]]]: The run's line, and the lines of its curve.
+    """
+    seed_everything(seed)
+    val_metrics = [AUROC(fields=["anomaly_map", "gt_mask"], prefix="val_pixel_", strict=False)]
+    val_metrics.append(AUROC(fields=["pred_score", "gt_label"], prefix="val_image_", strict=False))
+    test_metrics = [AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False)]
+    test_metrics.append(AUROC(fields=["pred_score", "gt_label"], prefix="image_"))
+    model = Pedenet(**to_dict(settings), evaluator=Evaluator(val_metrics, test_metrics), visualizer=False)
+    curve = Curve()
+    with tempfile.TemporaryDirectory() as results:
+        engine = Engine(
+            default_root_dir=results,
+            callbacks=[curve],
+            logger=False,
+            enable_progress_bar=False,
+            accelerator=options.accelerator,
+        )
+        datamodule = make_datamodule(options)
+        engine.fit(model, datamodule=datamodule)
+        scores = engine.test(model, datamodule=datamodule)[0]
+    label = {"data": options.category or options.data.stem, "settings": str(settings), "seed": seed}
+    last = curve.points[-1]
+    result = {name: round(float(scores[name]), 4) for name in TEST_METRICS}
+    result |= {name: round(value, 4) for name, value in last.items() if name.startswith("val_")}
+    line = {**label, **result, "steps": last["step"], "seconds": last["seconds"], "threads": torch.get_num_threads()}
+    return line, [{**label, **point} for point in curve.points]
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append lines to a CSV file, with a header if it is new."""
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> None:
+    """Run every combination of settings and seeds."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="configuration of a data module, see configs/data")
+    parser.add_argument("--root", type=Path, help="root of the data set, instead of the configuration's")
+    parser.add_argument("--category", help="category, instead of the configuration's")
+    parser.add_argument("--set", type=OmegaConf.create, action="append", help="arguments of Pedenet, YAML; repeatable")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--synthetic", action="store_true", help="validate on defects drawn on held-back normal images")
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--output", default="train", help="name of the CSV files, without ending")
+    options = parser.parse_args()
+    for settings in options.set or [OmegaConf.create()]:
+        for seed in options.seeds:
+            line, points = run(options, settings, seed)
+            append(Path(f"{options.output}.csv"), [line])
+            append(Path(f"{options.output}_curve.csv"), points)
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The pool of training images: what is in it, and its bounds."""
+
+import pytest
+import torch
+
+from anomalib_pedenet.image_pool import ImagePool
+
+
+def batch(*values: float, size: int = 8) -> torch.Tensor:
+    return torch.tensor(values)[:, None, None, None].expand(-1, 3, size, size)
+
+
+def values(pool: ImagePool) -> list[float]:
+    return sorted(pool.images[:, 0, 0, 0].tolist())
+
+
+def test_it_grows_to_its_bound_and_then_forgets_the_oldest() -> None:
+    pool = ImagePool(max_images=5, max_bytes=2**20)
+    pool.add(batch(1, 2))
+    assert values(pool) == [1, 2]
+    pool.add(batch(3, 4))
+    pool.add(batch(5, 6))
+    assert values(pool) == [2, 3, 4, 5, 6]
+    pool.add(batch(7))
+    assert values(pool) == [3, 4, 5, 6, 7]
+
+
+def test_memory_bounds_it() -> None:
+    pool = ImagePool(max_images=100, max_bytes=3 * 3 * 8 * 8 * 2)
+    for value in range(10):
+        pool.add(batch(value))
+    assert values(pool) == [7, 8, 9]
+
+
+def test_a_batch_always_has_place() -> None:
+    pool = ImagePool(max_images=2, max_bytes=1)
+    pool.add(batch(1, 2, 3))
+    assert values(pool) == [1, 2, 3]
+
+
+def test_images_of_another_size_start_it_anew() -> None:
+    pool = ImagePool(max_images=10, max_bytes=2**20)
+    pool.add(batch(1, 2))
+    pool.add(batch(3, size=16))
+    assert values(pool) == [3]
+
+
+def test_it_keeps_eight_bit_levels_apart() -> None:
+    levels = torch.arange(256) / 255
+    images = ((levels - 0.4) / 0.225).repeat(3, 1)[None, :, None, :]
+    pool = ImagePool(max_images=1, max_bytes=2**20)
+    pool.add(images)
+    steps = pool.images.float().diff(dim=-1)
+    assert steps.min() > 0.5 / 255 / 0.225
+
+
+def test_an_empty_pool_says_so() -> None:
+    with pytest.raises(RuntimeError, match="holds no images yet"):
+        _ = ImagePool(max_images=1, max_bytes=1).images
