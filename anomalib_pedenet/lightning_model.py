@@ -91,8 +91,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
     Args:
         image_size (tuple[int, int]): Height and width in pixels to which images are resized. Keep the aspect ratio of
             your images, e.g. ``(256, 640)``. Ignored if ``pre_processor`` is an instance. Defaults to ``(256, 256)``.
-        patch_sizes (Sequence[int]): Scales to train and score: ``[32, 64]`` for both (finer maps, more accurate), or
-            ``[64]`` for the paper's patches alone. Defaults to ``(32, 64)``.
+        patch_sizes (Sequence[int]): Scales to train and score, in pixels: ``[32]``; ``[64]``, the paper's; or both,
+            whose maps are then combined. Defaults to ``(32,)``.
         stride (int): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2. Smaller is
             slower and finer. May be changed for a trained checkpoint. Defaults to ``8``.
         combination (str): How the maps of two scales become one: ``"product"`` (geometric mean) or ``"mean"``.
@@ -111,7 +111,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         batch_norm (bool): Whether batch normalisation follows the small encoder's convolutions. The paper mentions
             none, but surfaces hardly train without it. Defaults to ``True``.
         max_steps (int): Training length in optimizer steps. A smaller ``Trainer`` limit (``max_steps``,
-            ``max_epochs``) stands. Defaults to ``4000``.
+            ``max_epochs``) stands. Defaults to ``1500``.
         steps_per_image (int | None): Optimizer steps made for every training image in an epoch, so that each image is
             decoded once for several steps. ``None`` makes ``max_steps`` about three epochs, whatever the number of
             images; each epoch ends with a validation. Defaults to ``None``.
@@ -172,7 +172,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
     def __init__(
         self,
         image_size: tuple[int, int] = (256, 256),
-        patch_sizes: Sequence[int] = (SUB_PATCH_SIZE, PATCH_SIZE),
+        patch_sizes: Sequence[int] = (SUB_PATCH_SIZE,),
         stride: int = 8,
         combination: Combination = "product",
         bank_size: int = 20_000,
@@ -182,7 +182,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         embedding_dim: int = 64,
         num_components: int = 10,
         batch_norm: bool = True,
-        max_steps: int = 4000,
+        max_steps: int = 1500,
         steps_per_image: int | None = None,
         cache_gib: float = 2.0,
         training_mode: TrainingMode = "dense",
@@ -758,10 +758,10 @@ def _validate_sizes(hparams: Mapping[str, Any]) -> None:
     smallest = minimum_training_size(max(sizes))
     for name, sides in (("image_size", tuple(hparams["image_size"])), ("crop_size", (hparams["crop_size"],))):
         if min(sides) < smallest:
+            remedy = f"patch_sizes=[{SUB_PATCH_SIZE}] needs only {minimum_training_size(SUB_PATCH_SIZE)} px."
             msg = (
                 f"{name} must be at least {smallest} px a side, to hold a pair of neighbouring {max(sizes)}-px "
-                f"patches, got {hparams[name]}. Smaller images need patch_sizes=[{SUB_PATCH_SIZE}] "
-                f"(at least {minimum_training_size(SUB_PATCH_SIZE)} px)."
+                f"patches, got {hparams[name]}. {remedy if max(sizes) == PATCH_SIZE else 'Choose a larger one.'}"
             )
             raise ValueError(msg)
 

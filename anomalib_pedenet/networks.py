@@ -57,6 +57,8 @@ class PatchEmbeddingNetwork(nn.Module):
         batch_norm (bool): Whether batch normalisation follows each of the eight convolutions. The paper mentions none;
             without it only parts with clear structure train well. In eval mode it is an affine map of each channel, so
             that dense evaluation stays exact. Defaults to ``True``.
+        patch_sizes (Sequence[int]): Sizes of the patches to embed. Without 64 there is no large encoder.
+            Defaults to ``(32, 64)``.
 
     Raises:
         ValueError: If ``small_channels`` does not have eight entries; only eight convolutions take 32 px to 1x1.
@@ -77,8 +79,10 @@ class PatchEmbeddingNetwork(nn.Module):
         large_channels: int = 128,
         in_channels: int = 3,
         batch_norm: bool = True,
+        patch_sizes: Sequence[int] = (SUB_PATCH_SIZE, PATCH_SIZE),
     ) -> None:
         super().__init__()
+        self.patch_sizes = tuple(patch_sizes)
         if len(small_channels) != 8:
             msg = f"small_channels must list the filters of 8 convolutions, got {len(small_channels)}."
             raise ValueError(msg)
@@ -92,12 +96,13 @@ class PatchEmbeddingNetwork(nn.Module):
             layers.append(nn.LeakyReLU(NEGATIVE_SLOPE))
             channels = filters
         self.small_encoder = nn.Sequential(*layers, nn.Conv2d(channels, embedding_dim, kernel_size=1), nn.Tanh())
-        self.large_encoder = nn.Sequential(
-            nn.Conv2d(embedding_dim, large_channels, kernel_size=2),
-            nn.LeakyReLU(NEGATIVE_SLOPE),
-            nn.Conv2d(large_channels, embedding_dim, kernel_size=1),
-            nn.Tanh(),
-        )
+        if PATCH_SIZE in self.patch_sizes:
+            self.large_encoder = nn.Sequential(
+                nn.Conv2d(embedding_dim, large_channels, kernel_size=2),
+                nn.LeakyReLU(NEGATIVE_SLOPE),
+                nn.Conv2d(large_channels, embedding_dim, kernel_size=1),
+                nn.Tanh(),
+            )
         initialize_weights(self)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
@@ -111,12 +116,12 @@ class PatchEmbeddingNetwork(nn.Module):
             torch.Tensor: Embeddings ``[N, Z]`` in (-1, 1).
 
         Raises:
-            ValueError: If the patches are neither 64x64 nor 32x32.
+            ValueError: If the patches are not of one of the network's sizes.
         """
         size = tuple(patches.shape[-2:])
         if size == (SUB_PATCH_SIZE, SUB_PATCH_SIZE):
             return self.small_encoder(patches).flatten(1)  # [N, Z, 1, 1] -> [N, Z]
-        if size == (PATCH_SIZE, PATCH_SIZE):
+        if size == (PATCH_SIZE, PATCH_SIZE) and PATCH_SIZE in self.patch_sizes:
             rows = [
                 torch.cat(
                     [self.small_encoder(sub_patch) for sub_patch in row.split(SUB_PATCH_SIZE, dim=-1)],
@@ -125,14 +130,15 @@ class PatchEmbeddingNetwork(nn.Module):
                 for row in patches.split(SUB_PATCH_SIZE, dim=-2)
             ]
             return self.large_encoder(torch.cat(rows, dim=-2)).flatten(1)  # [N, Z, 2, 2] -> [N, Z]
-        msg = f"Patches must be {PATCH_SIZE}x{PATCH_SIZE} or {SUB_PATCH_SIZE}x{SUB_PATCH_SIZE} px, got {size}."
+        sizes = sorted({SUB_PATCH_SIZE, *self.patch_sizes})
+        msg = f"Patches must be {' or '.join(f'{side}x{side}' for side in reversed(sizes))} px, got {size}."
         raise ValueError(msg)
 
     def embed_dense(
         self,
         images: torch.Tensor,
         stride: int = BASE_STRIDE,
-        patch_sizes: Sequence[int] = (SUB_PATCH_SIZE, PATCH_SIZE),
+        patch_sizes: Sequence[int] | None = None,
     ) -> dict[int, torch.Tensor]:
         """Embed all patches of whole images at once, on a regular grid.
 
@@ -143,7 +149,7 @@ class PatchEmbeddingNetwork(nn.Module):
         Args:
             images (torch.Tensor): ``[B, C, H, W]`` images, normalised as in :meth:`forward`.
             stride (int): Distance between neighbouring patches in pixels, a multiple of 2. Defaults to ``2``.
-            patch_sizes (Sequence[int]): Which scales to return: 32, 64 or both.
+            patch_sizes (Sequence[int] | None): Which scales to return. Defaults to the network's.
 
         Returns:
             dict[int, torch.Tensor]: For each patch size, embeddings ``[B, Z, h, w]`` where
@@ -153,6 +159,7 @@ class PatchEmbeddingNetwork(nn.Module):
         Raises:
             ValueError: If the images are smaller than a patch.
         """
+        patch_sizes = patch_sizes or self.patch_sizes
         step = stride // BASE_STRIDE
         image_size = (images.shape[-2], images.shape[-1])
         grid_size(image_size, max(patch_sizes), stride)  # refuses images smaller than a patch

@@ -23,7 +23,7 @@ from anomalib_pedenet.networks import (
     LocationPredictionNetwork,
     PatchEmbeddingNetwork,
 )
-from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
+from anomalib_pedenet.patches import SUB_PATCH_SIZE
 from anomalib_pedenet.position import PositionEncoding, choose_weight
 from anomalib_pedenet.scorers import NearestNeighborScorer
 
@@ -33,7 +33,7 @@ class PedenetModel(nn.Module):
 
     Args:
         patch_sizes (Sequence[int]): Scales that are trained and scored: 64 for the paper's patches, 32 for the
-            sub-patches that the small encoder embeds on the way, or both. Defaults to ``(32, 64)``.
+            sub-patches that the small encoder embeds on the way, or both. Defaults to ``(32,)``.
         stride (int): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2.
             Defaults to ``8``.
         combination (Combination): How the maps of two scales become one, see
@@ -64,7 +64,7 @@ class PedenetModel(nn.Module):
 
     def __init__(
         self,
-        patch_sizes: Sequence[int] = (SUB_PATCH_SIZE, PATCH_SIZE),
+        patch_sizes: Sequence[int] = (SUB_PATCH_SIZE,),
         stride: int = 8,
         combination: Combination = "product",
         bank_size: int = 20_000,
@@ -89,7 +89,7 @@ class PedenetModel(nn.Module):
         self.register_buffer("input_std", torch.ones(()))
         # A third faster on a CPU, and in bfloat16 twice as fast. From the start, not for training alone, because the
         # other memory format rounds differently: a loaded checkpoint must score exactly as the model that saved it.
-        network = PatchEmbeddingNetwork(embedding_dim, batch_norm=batch_norm)
+        network = PatchEmbeddingNetwork(embedding_dim, batch_norm=batch_norm, patch_sizes=self.patch_sizes)
         self.embedding_network = network.to(memory_format=torch.channels_last)
         self.density_networks = nn.ModuleDict(
             {str(size): DensityEstimationNetwork(num_components, embedding_dim) for size in self.patch_sizes},
@@ -224,9 +224,9 @@ class PedenetModel(nn.Module):
         """Return the embeddings ``[B, Z, h, w]`` of all patches of pre-processed images, for each patch size."""
         images = self.standardize(images)
         if torch.jit.is_tracing() or torch.compiler.is_compiling() or images.device.type != "cpu":
-            return self.embedding_network.embed_dense(images, stride, self.patch_sizes)
+            return self.embedding_network.embed_dense(images, stride)
         # One by one, the feature maps of images stay in a CPU's cache: twice as fast as a batch of 32, and less memory.
-        grids = [self.embedding_network.embed_dense(image, stride, self.patch_sizes) for image in images.split(1)]
+        grids = [self.embedding_network.embed_dense(image, stride) for image in images.split(1)]
         return {size: torch.cat([grid[size] for grid in grids]) for size in self.patch_sizes}
 
     def _tile(self, images: torch.Tensor) -> torch.Tensor:

@@ -42,8 +42,12 @@ DEFAULTS = Path(__file__).parents[2] / "configs" / "model" / "pedenet.yaml"
         ({"lambda_syn": -1.0}, "lambda_syn must be at least 0"),
         ({"steps_per_image": 0}, "steps_per_image must be at least 1, or None to choose it, got 0"),
         ({"cache_gib": 0.0}, "cache_gib must be above 0"),
-        ({"image_size": (100, 256)}, r"image_size must be at least 112 px.*got \(100, 256\).*patch_sizes=\[32\]"),
-        ({"crop_size": 96}, "crop_size must be at least 112 px"),
+        (
+            {"image_size": (100, 256), "patch_sizes": [32, 64]},
+            r"image_size must be at least 112 px.*got \(100, 256\).*patch_sizes=\[32\] needs only 56 px",
+        ),
+        ({"image_size": (48, 256)}, r"image_size must be at least 56 px.*got \(48, 256\). Choose a larger one"),
+        ({"crop_size": 32}, "crop_size must be at least 56 px"),
     ],
 )
 def test_values_outside_their_range_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -14,7 +14,7 @@ from anomalib_pedenet import PedenetModel
 @pytest.fixture
 def model() -> PedenetModel:
     torch.manual_seed(0)
-    model = PedenetModel(stride=16, bank_size=300, position_weight=2.0).eval()
+    model = PedenetModel(patch_sizes=(32, 64), stride=16, bank_size=300, position_weight=2.0).eval()
     images = torch.rand(3, 3, 128, 160)
     model.fit_standardization(images)
     model.fit([images])
@@ -76,6 +76,14 @@ def test_one_scale_is_the_papers() -> None:
     model = PedenetModel(patch_sizes=(64,), batch_norm=False)
     assert sum(p.numel() for p in model.parameters()) == 467_378
     assert set(model.scorers) == {"64"}
+
+
+def test_the_small_scale_alone_has_no_large_encoder() -> None:
+    model = PedenetModel()
+    assert sum(p.numel() for p in model.parameters()) == 427_314
+    assert set(model.embedding_network.embed_dense(torch.zeros(1, 3, 56, 56))) == {32}
+    with pytest.raises(ValueError, match="Patches must be 32x32 px, got"):
+        model.embedding_network(torch.zeros(1, 3, 64, 64))
 
 
 def test_standardization_makes_the_training_images_unit_variance() -> None:
