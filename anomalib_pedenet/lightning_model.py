@@ -73,6 +73,7 @@ _NUM_REPORTS = 20
 # Hyper-parameters that shape the weights: a checkpoint fits only a model that has the same.
 _ARCHITECTURE: dict[str, Callable[[Any], Any]] = {
     "patch_sizes": sorted,
+    "scored_sizes": lambda sizes: sizes and sorted(sizes),
     "embedding_dim": int,
     "num_components": int,
     "batch_norm": bool,
@@ -91,8 +92,10 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
     Args:
         image_size (tuple[int, int]): Height and width in pixels to which images are resized. Keep the aspect ratio of
             your images, e.g. ``(256, 640)``. Ignored if ``pre_processor`` is an instance. Defaults to ``(256, 256)``.
-        patch_sizes (Sequence[int]): Scales to train and score, in pixels: ``[32]``; ``[64]``, the paper's; or both,
-            whose maps are then combined. Defaults to ``(32,)``.
+        patch_sizes (Sequence[int]): Sizes of the patches to train on, in pixels: ``[32]``; ``[64]``, the paper's; or
+            both. Defaults to ``(32, 64)``.
+        scored_sizes (Sequence[int] | None): Those of them that are scored; the maps of both are combined. ``None`` for
+            the smallest alone. Defaults to ``None``.
         stride (int): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2. Smaller is
             slower and finer. May be changed for a trained checkpoint. Defaults to ``8``.
         combination (str): How the maps of two scales become one: ``"product"`` (geometric mean) or ``"mean"``.
@@ -172,7 +175,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
     def __init__(
         self,
         image_size: tuple[int, int] = (256, 256),
-        patch_sizes: Sequence[int] = (SUB_PATCH_SIZE,),
+        patch_sizes: Sequence[int] = (SUB_PATCH_SIZE, PATCH_SIZE),
+        scored_sizes: Sequence[int] | None = None,
         stride: int = 8,
         combination: Combination = "product",
         bank_size: int = 20_000,
@@ -223,6 +227,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
 
         self.model: PedenetModel = PedenetModel(
             patch_sizes=patch_sizes,
+            scored_sizes=scored_sizes,
             stride=stride,
             combination=combination,
             bank_size=bank_size,
@@ -748,11 +753,15 @@ def _validate_sizes(hparams: Mapping[str, Any]) -> None:
     if not sizes or len(set(sizes)) < len(sizes) or not set(sizes) <= {SUB_PATCH_SIZE, PATCH_SIZE}:
         msg = f"patch_sizes must be [{SUB_PATCH_SIZE}], [{PATCH_SIZE}] or both, got {sizes}."
         raise ValueError(msg)
+    scored = [min(sizes)] if hparams["scored_sizes"] is None else list(hparams["scored_sizes"])
+    if not scored or len(set(scored)) < len(scored) or not set(scored) <= set(sizes):
+        msg = f"scored_sizes must be one or more of patch_sizes ({sizes}), or None, got {scored}."
+        raise ValueError(msg)
     for name in ("stride", "bank_stride"):
-        if not BASE_STRIDE <= hparams[name] <= min(sizes) or hparams[name] % BASE_STRIDE:
+        if not BASE_STRIDE <= hparams[name] <= min(scored) or hparams[name] % BASE_STRIDE:
             msg = (
-                f"{name} must be a multiple of {BASE_STRIDE} px from {BASE_STRIDE} to the smallest patch size "
-                f"({min(sizes)}), got {hparams[name]}."
+                f"{name} must be a multiple of {BASE_STRIDE} px from {BASE_STRIDE} to the smallest scored patch size "
+                f"({min(scored)}), got {hparams[name]}."
             )
             raise ValueError(msg)
     smallest = minimum_training_size(max(sizes))

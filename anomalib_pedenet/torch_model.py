@@ -23,7 +23,7 @@ from anomalib_pedenet.networks import (
     LocationPredictionNetwork,
     PatchEmbeddingNetwork,
 )
-from anomalib_pedenet.patches import SUB_PATCH_SIZE
+from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.position import PositionEncoding, choose_weight
 from anomalib_pedenet.scorers import NearestNeighborScorer
 
@@ -32,8 +32,9 @@ class PedenetModel(nn.Module):
     """PEDENet: the networks, a scorer for each scale, and the anomaly map.
 
     Args:
-        patch_sizes (Sequence[int]): Scales that are trained and scored: 64 for the paper's patches, 32 for the
-            sub-patches that the small encoder embeds on the way, or both. Defaults to ``(32,)``.
+        patch_sizes (Sequence[int]): Scales that are trained: 64 for the paper's patches, 32 for the sub-patches that
+            the small encoder embeds on the way, or both. Defaults to ``(32, 64)``.
+        scored_sizes (Sequence[int] | None): Those of them that are scored. Defaults to the smallest alone.
         stride (int): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2.
             Defaults to ``8``.
         combination (Combination): How the maps of two scales become one, see
@@ -64,7 +65,8 @@ class PedenetModel(nn.Module):
 
     def __init__(
         self,
-        patch_sizes: Sequence[int] = (SUB_PATCH_SIZE,),
+        patch_sizes: Sequence[int] = (SUB_PATCH_SIZE, PATCH_SIZE),
+        scored_sizes: Sequence[int] | None = None,
         stride: int = 8,
         combination: Combination = "product",
         bank_size: int = 20_000,
@@ -77,6 +79,7 @@ class PedenetModel(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_sizes = tuple(sorted(patch_sizes))
+        self.scored_sizes = tuple(sorted(scored_sizes)) if scored_sizes is not None else self.patch_sizes[:1]
         self.stride = stride
         self.combination = combination
         self.bank_size = bank_size
@@ -101,10 +104,10 @@ class PedenetModel(nn.Module):
             {str(size): DefectPredictionNetwork(embedding_dim) for size in self.patch_sizes if defect_prediction},
         )
         self.scorers = nn.ModuleDict(
-            {str(size): NearestNeighborScorer(embedding_dim + 2, bank_size, seed) for size in self.patch_sizes},
+            {str(size): NearestNeighborScorer(embedding_dim + 2, bank_size, seed) for size in self.scored_sizes},
         )
         weight = 0.0 if position_weight == "auto" else position_weight
-        self.position_encodings = nn.ModuleDict({str(size): PositionEncoding(weight) for size in self.patch_sizes})
+        self.position_encodings = nn.ModuleDict({str(size): PositionEncoding(weight) for size in self.scored_sizes})
 
     @property
     def is_fitted(self) -> bool:
@@ -180,7 +183,7 @@ class PedenetModel(nn.Module):
             stride (int | None): Distance between the patches taken from them, in pixels. Defaults to the model's.
 
         Returns:
-            dict[int, float]: The weight in use at each patch size.
+            dict[int, float]: The weight in use at each scored size.
         """
         stride = stride or self.stride
         if self.position_weight == "auto":
@@ -190,7 +193,7 @@ class PedenetModel(nn.Module):
                 for size, grids in self._embed(images, stride).items():
                     weight = choose_weight(grids, tuple(images.shape[-2:]), stride)
                     self.position_encodings[str(size)].weight.fill_(weight)
-        return {size: float(self.position_encodings[str(size)].weight) for size in self.patch_sizes}
+        return {size: float(self.position_encodings[str(size)].weight) for size in self.scored_sizes}
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Score images.
@@ -221,13 +224,13 @@ class PedenetModel(nn.Module):
             return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
 
     def _embed(self, images: torch.Tensor, stride: int) -> dict[int, torch.Tensor]:
-        """Return the embeddings ``[B, Z, h, w]`` of all patches of pre-processed images, for each patch size."""
+        """Return the embeddings ``[B, Z, h, w]`` of all patches of pre-processed images, for each scored size."""
         images = self.standardize(images)
         if torch.jit.is_tracing() or torch.compiler.is_compiling() or images.device.type != "cpu":
-            return self.embedding_network.embed_dense(images, stride)
+            return self.embedding_network.embed_dense(images, stride, self.scored_sizes)
         # One by one, the feature maps of images stay in a CPU's cache: twice as fast as a batch of 32, and less memory.
-        grids = [self.embedding_network.embed_dense(image, stride) for image in images.split(1)]
-        return {size: torch.cat([grid[size] for grid in grids]) for size in self.patch_sizes}
+        grids = [self.embedding_network.embed_dense(image, stride, self.scored_sizes) for image in images.split(1)]
+        return {size: torch.cat([grid[size] for grid in grids]) for size in self.scored_sizes}
 
     def _tile(self, images: torch.Tensor) -> torch.Tensor:
         """Return the images' tiles if a tiler is set, else the images."""

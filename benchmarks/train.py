@@ -5,7 +5,10 @@
 
 Two files are appended to: ``<output>.csv`` has a line for each run (AUROC on the test images, seconds of the training),
 ``<output>_curve.csv`` one for each validation on the way (seconds of training so far, without the validations before,
-and AUROC). With ``--synthetic`` the validation is label-free: anomalib draws defects on training images held back.
+and AUROC). Runs that the first file has already are left out, so that an interrupted benchmark goes on when repeated.
+
+With ``--synthetic`` the validation is label-free: anomalib draws defects on training images held back. At the end the
+rank correlation of the validation's AUROC with that of the test images is printed, over all runs on each data set.
 
 Example:
     ``python benchmarks/train.py --data configs/data/mvtec_ad.yaml --seeds 0 1 2 --output bottle --set "{}"
@@ -19,13 +22,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+import yaml
 from anomalib.data import AnomalibDataModule, get_datamodule
 from anomalib.engine import Engine
 from anomalib.metrics import AUROC, Evaluator
 from anomalib.models import Pedenet
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from matplotlib.figure import Figure
 
 TEST_METRICS = ("pixel_AUROC", "image_AUROC")
 
@@ -53,14 +58,9 @@ class Curve(Callback):
         self.paused += time.monotonic() - self.validation_start
 
 
-def to_dict(config: DictConfig | ListConfig) -> dict[str, Any]:
-    """Return a configuration's content under its names."""
-    return {str(name): value for name, value in dict(OmegaConf.to_container(config)).items()}  # type: ignore[arg-type]
-
-
 def make_datamodule(options: argparse.Namespace) -> AnomalibDataModule:
     """Make the data module that the options name."""
-    config = to_dict(OmegaConf.load(options.data))
+    config = yaml.safe_load(options.data.read_text(encoding="utf-8"))
     if options.root is not None:
         config["init_args"]["root"] = str(options.root)
     if options.category is not None:
@@ -70,8 +70,15 @@ def make_datamodule(options: argparse.Namespace) -> AnomalibDataModule:
     return get_datamodule(config)
 
 
-def run(options: argparse.Namespace, settings: DictConfig, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def run(
+    options: argparse.Namespace, settings: dict[str, Any], seed: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train and test once.
+
+    Args:
+        options (argparse.Namespace): Options of the command line.
+        settings (dict[str, Any]): Arguments of ``Pedenet``.
+        seed (int): Seed of the run.
 
     Returns:
         tuple[dict[str, Any], list[dict[str, Any]]]: The run's line, and the lines of its curve.
@@ -81,7 +88,7 @@ def run(options: argparse.Namespace, settings: DictConfig, seed: int) -> tuple[d
     val_metrics.append(AUROC(fields=["pred_score", "gt_label"], prefix="val_image_", strict=False))
     test_metrics = [AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False)]
     test_metrics.append(AUROC(fields=["pred_score", "gt_label"], prefix="image_"))
-    model = Pedenet(**to_dict(settings), evaluator=Evaluator(val_metrics, test_metrics), visualizer=False)
+    model = Pedenet(**settings, evaluator=Evaluator(val_metrics, test_metrics), visualizer=False)
     curve = Curve()
     with tempfile.TemporaryDirectory() as results:
         engine = Engine(
@@ -94,12 +101,11 @@ def run(options: argparse.Namespace, settings: DictConfig, seed: int) -> tuple[d
         datamodule = make_datamodule(options)
         engine.fit(model, datamodule=datamodule)
         scores = engine.test(model, datamodule=datamodule)[0]
-    label = {"data": options.category or options.data.stem, "settings": str(settings), "seed": seed}
     last = curve.points[-1]
     result = {name: round(float(scores[name]), 4) for name in TEST_METRICS}
     result |= {name: round(value, 4) for name, value in last.items() if name.startswith("val_")}
-    line = {**label, **result, "steps": last["step"], "seconds": last["seconds"], "threads": torch.get_num_threads()}
-    return line, [{**label, **point} for point in curve.points]
+    line = {**result, "steps": last["step"], "seconds": last["seconds"], "threads": torch.get_num_threads()}
+    return line, curve.points
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -112,24 +118,57 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def plot(curves: pd.DataFrame, path: Path) -> None:
+    """Draw pixel AUROC against seconds of training, a line for each setting, its mean and range over the seeds."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, rows in curves.groupby("settings", sort=False):
+        points = rows.groupby("step")[["seconds", "val_pixel_AUROC"]].agg(["mean", "min", "max"])
+        seconds, auroc = points["seconds"]["mean"], points["val_pixel_AUROC"]
+        axes.plot(seconds, auroc["mean"], marker=".", label=name)
+        axes.fill_between(seconds, auroc["min"], auroc["max"], alpha=0.2)
+    axes.set(xscale="log", xlabel="seconds of training and bank building", ylabel="pixel AUROC")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     """Run every combination of settings and seeds."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="configuration of a data module, see configs/data")
     parser.add_argument("--root", type=Path, help="root of the data set, instead of the configuration's")
     parser.add_argument("--category", help="category, instead of the configuration's")
-    parser.add_argument("--set", type=OmegaConf.create, action="append", help="arguments of Pedenet, YAML; repeatable")
+    parser.add_argument("--set", type=yaml.safe_load, action="append", help="arguments of Pedenet, YAML; repeatable")
+    parser.add_argument("--settings", type=Path, help="YAML file of named sets of arguments, in place of --set")
+    parser.add_argument("--base", type=yaml.safe_load, default={}, help="arguments for all settings, YAML")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--synthetic", action="store_true", help="validate on defects drawn on held-back normal images")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--output", default="train", help="name of the CSV files, without ending")
+    parser.add_argument("--plot", action="store_true", help="draw the curves as <output>.png")
     options = parser.parse_args()
-    for settings in options.set or [OmegaConf.create()]:
+
+    sets = {str(arguments): arguments for arguments in options.set or [{}]}
+    if options.settings is not None:
+        sets = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
+    runs, curves = Path(f"{options.output}.csv"), Path(f"{options.output}_curve.csv")
+    for name, arguments in sets.items():
         for seed in options.seeds:
-            line, points = run(options, settings, seed)
-            append(Path(f"{options.output}.csv"), [line])
-            append(Path(f"{options.output}_curve.csv"), points)
-            print(line, flush=True)
+            label = {"data": options.category or options.data.stem, "settings": name, "seed": seed}
+            done = pd.read_csv(runs).filter(label).to_dict("records") if runs.exists() else []
+            if label in done:
+                continue
+            line, points = run(options, options.base | arguments, seed)
+            append(curves, [{**label, **point} for point in points])
+            append(runs, [{**label, **line}])
+            print({**label, **line}, flush=True)
+    if options.synthetic:
+        for data, rows in pd.read_csv(runs).groupby("data"):
+            correlation = rows["val_pixel_AUROC"].corr(rows["pixel_AUROC"], method="spearman")
+            print(f"{data}: rank correlation {correlation:.3f} over {len(rows)} runs")
+    if options.plot:
+        plot(pd.read_csv(curves), Path(f"{options.output}.png"))
 
 
 if __name__ == "__main__":

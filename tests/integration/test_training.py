@@ -21,7 +21,7 @@ from anomalib_pedenet import Pedenet, PedenetModel
 
 SMALL = {
     "image_size": (144, 160),
-    "patch_sizes": [32, 64],
+    "scored_sizes": [32, 64],
     "stride": 16,
     "bank_stride": 16,
     "bank_size": 100,
@@ -42,7 +42,7 @@ def train(datamodule: MVTecAD, root: Path, model: Pedenet, *callbacks: Callback,
 def rebuilt_bank(path: Path, datamodule: MVTecAD) -> dict[str, torch.Tensor]:
     """Build the bank from a checkpoint's weights and the training images, by the torch model alone."""
     state = torch.load(path, weights_only=True)["state_dict"]
-    model = PedenetModel(patch_sizes=(32, 64), stride=16, bank_size=100, defect_prediction=True).eval()
+    model = PedenetModel(scored_sizes=(32, 64), stride=16, bank_size=100, defect_prediction=True).eval()
     model.load_state_dict({name.removeprefix("model."): value for name, value in state.items() if "model." in name})
     transform = Pedenet.configure_pre_processor((144, 160)).transform
     model.fit([transform(item.image)[None] for item in datamodule.train_data])
@@ -132,8 +132,8 @@ def test_the_smaller_limit_of_steps_stands(
     "options",
     [
         {"training_mode": "patchwise", "lambda_syn": 0.0},
-        {"patch_sizes": [64]},
-        {"patch_sizes": [32]},
+        {"patch_sizes": [64], "scored_sizes": None},
+        {"patch_sizes": [32], "scored_sizes": None},
         {"covariance_type": "full"},
     ],
 )

@@ -27,7 +27,9 @@ DEFAULTS = Path(__file__).parents[2] / "configs" / "model" / "pedenet.yaml"
         ({"patch_sizes": [48]}, r"patch_sizes must be \[32\], \[64\] or both, got \[48\]"),
         ({"patch_sizes": []}, r"patch_sizes must be"),
         ({"patch_sizes": [64, 64]}, r"patch_sizes must be"),
-        ({"stride": 3}, "stride must be a multiple of 2 px from 2 to the smallest patch size .32., got 3"),
+        ({"patch_sizes": [64], "scored_sizes": [32]}, r"one or more of patch_sizes \(\[64\]\), or None, got \[32\]"),
+        ({"scored_sizes": []}, r"scored_sizes must be one or more"),
+        ({"stride": 3}, "stride must be a multiple of 2 px from 2 to the smallest scored patch size .32., got 3"),
         ({"bank_stride": 64}, "bank_stride must be a multiple of 2"),
         ({"bank_size": 0}, "bank_size must be at least 1, got 0"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
@@ -43,11 +45,14 @@ DEFAULTS = Path(__file__).parents[2] / "configs" / "model" / "pedenet.yaml"
         ({"steps_per_image": 0}, "steps_per_image must be at least 1, or None to choose it, got 0"),
         ({"cache_gib": 0.0}, "cache_gib must be above 0"),
         (
-            {"image_size": (100, 256), "patch_sizes": [32, 64]},
+            {"image_size": (100, 256)},
             r"image_size must be at least 112 px.*got \(100, 256\).*patch_sizes=\[32\] needs only 56 px",
         ),
-        ({"image_size": (48, 256)}, r"image_size must be at least 56 px.*got \(48, 256\). Choose a larger one"),
-        ({"crop_size": 32}, "crop_size must be at least 56 px"),
+        (
+            {"image_size": (48, 256), "patch_sizes": [32]},
+            r"image_size must be at least 56 px.*got \(48, 256\). Choose a larger one",
+        ),
+        ({"crop_size": 32, "patch_sizes": [32]}, "crop_size must be at least 56 px"),
     ],
 )
 def test_values_outside_their_range_are_refused(arguments: dict[str, Any], message: str) -> None:

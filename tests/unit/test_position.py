@@ -82,7 +82,7 @@ def test_a_large_weight_compares_with_the_same_place_only() -> None:
 
 def test_a_given_weight_stays_and_tiles_have_no_position() -> None:
     images = torch.rand(2, 3, 96, 96)
-    assert PedenetModel((32, 64), position_weight=3.0).fit_position_weights(images) == {32: 3.0, 64: 3.0}
+    assert PedenetModel(scored_sizes=(32, 64), position_weight=3.0).fit_position_weights(images) == {32: 3.0, 64: 3.0}
     same = images[:1].repeat(2, 1, 1, 1)
     model = PedenetModel()
     assert model.fit_position_weights(same) == {32: WEIGHTS[-1], 64: WEIGHTS[-1]}

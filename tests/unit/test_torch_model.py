@@ -14,7 +14,7 @@ from anomalib_pedenet import PedenetModel
 @pytest.fixture
 def model() -> PedenetModel:
     torch.manual_seed(0)
-    model = PedenetModel(patch_sizes=(32, 64), stride=16, bank_size=300, position_weight=2.0).eval()
+    model = PedenetModel(scored_sizes=(32, 64), stride=16, bank_size=300, position_weight=2.0).eval()
     images = torch.rand(3, 3, 128, 160)
     model.fit_standardization(images)
     model.fit([images])
@@ -79,11 +79,21 @@ def test_one_scale_is_the_papers() -> None:
 
 
 def test_the_small_scale_alone_has_no_large_encoder() -> None:
-    model = PedenetModel()
+    model = PedenetModel(patch_sizes=(32,))
     assert sum(p.numel() for p in model.parameters()) == 427_314
     assert set(model.embedding_network.embed_dense(torch.zeros(1, 3, 56, 56))) == {32}
     with pytest.raises(ValueError, match="Patches must be 32x32 px, got"):
         model.embedding_network(torch.zeros(1, 3, 64, 64))
+
+
+def test_the_smallest_trained_scale_is_scored_by_default(model: PedenetModel) -> None:
+    small = PedenetModel(stride=16, bank_size=300, position_weight=2.0).eval()
+    missing, unexpected = small.load_state_dict(model.state_dict(), strict=False)
+    assert not missing
+    assert {name.split(".")[1] for name in unexpected} == {"64"}
+    small.fit([torch.rand(3, 3, 128, 160)])
+    image = torch.rand(3, 40, 72)  # too small for a patch of 64 px
+    torch.testing.assert_close(small(image[None]).anomaly_map[0, 0], naive_map(small, image, 32), rtol=1e-3, atol=1e-3)
 
 
 def test_standardization_makes_the_training_images_unit_variance() -> None:
