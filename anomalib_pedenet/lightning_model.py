@@ -141,7 +141,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             prediction has not learned anything yet; the paper has none (0). Defaults to ``1.0``.
         min_std (float): Standard deviation of the embeddings (in -1..1) below which L_var acts. Defaults to ``0.25``.
         lambda_syn (float): Weight of the synthetic-defect loss L_syn, which asks the embeddings to tell patches with
-            drawn defects from those without (dense training only); the paper has none (0). Defaults to ``1.0``.
+            drawn defects from those without (dense training only); the paper has none (0). Defaults to ``0.3``.
         density_loss (str): Reading of Eq. 9: ``"dagmm"`` (mean of the logarithms) or ``"paper"`` (logarithm of the
             sum, as printed). Defaults to ``"dagmm"``.
         density_warmup (float): Fraction of the training before L_DEN and L_reg set in; over the same fraction again
@@ -203,7 +203,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         lambda_reg: float = 1e-7,
         lambda_var: float = 1.0,
         min_std: float = 0.25,
-        lambda_syn: float = 1.0,
+        lambda_syn: float = 0.3,
         density_loss: DensityLossType = "dagmm",
         density_warmup: float = 0.25,
         covariance_type: CovarianceType = "diag",
