@@ -2,15 +2,18 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+DATA ?= configs/data/mvtec_ad.yaml
+BASE ?= {}
+SEEDS ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv test lint format demo clean
+.PHONY: help setup venv test lint format demo bench-train bench-settings clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv with the package and the tested versions of what it needs (PYTHON=... picks the interpreter)
 
@@ -36,6 +39,14 @@ format: $(STAMP) ## Rewrite the files in the project's style
 
 demo: $(STAMP) ## Run the demo
 	$(BIN)/python examples/demo.py
+
+bench-train: $(STAMP) ## Train several ways and draw pixel AUROC against seconds, in runs/ (DATA=... a data module, BASE=... arguments, SEEDS="0 1 2")
+	$(BIN)/python benchmarks/train.py --data $(DATA) --seeds $(SEEDS) --base "$(BASE)" --plot \
+	    --settings benchmarks/time_to_accuracy.yaml --output runs/time_to_accuracy_$(notdir $(DATA:.yaml=))
+
+bench-settings: $(STAMP) ## Rank settings by drawn defects and by the test images, in runs/ (the same variables)
+	$(BIN)/python benchmarks/train.py --data $(DATA) --seeds $(SEEDS) --base "$(BASE)" --synthetic \
+	    --settings benchmarks/settings.yaml --output runs/settings_$(notdir $(DATA:.yaml=))
 
 clean: ## Remove the environment and what builds, checks and the demo have written
 	rm -rf $(VENV) build dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache

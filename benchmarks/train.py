@@ -110,6 +110,7 @@ def run(
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append lines to a CSV file, with a header if it is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
@@ -145,7 +146,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--synthetic", action="store_true", help="validate on defects drawn on held-back normal images")
     parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--output", default="train", help="name of the CSV files, without ending")
+    parser.add_argument("--output", default="train", help="path of the CSV files, without ending")
     parser.add_argument("--plot", action="store_true", help="draw the curves as <output>.png")
     options = parser.parse_args()
 

@@ -52,6 +52,21 @@ def test_train_test_predict_export(
     assert scores.anomaly_map.shape[-2:] == (144, 160)
 
 
+def test_training_without_defective_images_keeps_the_best_epoch(
+    dataset_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--data.root", str(dataset_root / "stripes"), "--data.num_workers", "0", "--data.train_batch_size", "2"]
+    AnomalibCLI(["train", "--config", str(CONFIGS / "label_free.yaml"), *SHORT, *options])
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    states = torch.load(checkpoint, weights_only=True)["callbacks"].values()
+    (best,) = [state for state in states if state.get("monitor") == "val_pixel_AUROC"]
+    assert Path(best["best_model_path"]).name == "model.ckpt"
+    assert 0 <= best["best_model_score"] <= 1
+
+
 def test_the_benchmark_configuration_makes_jobs_that_fit_into_one_table() -> None:
     config = yaml.safe_load((CONFIGS / "benchmark" / "mvtec_ad.yaml").read_text(encoding="utf-8"))
     jobs = list(BenchmarkJobGenerator("cpu").generate_jobs(config["benchmark"], None))

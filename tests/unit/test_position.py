@@ -84,7 +84,7 @@ def test_a_given_weight_stays_and_tiles_have_no_position() -> None:
     images = torch.rand(2, 3, 96, 96)
     assert PedenetModel(scored_sizes=(32, 64), position_weight=3.0).fit_position_weights(images) == {32: 3.0, 64: 3.0}
     same = images[:1].repeat(2, 1, 1, 1)
-    model = PedenetModel()
+    model = PedenetModel(scored_sizes=(32, 64))
     assert model.fit_position_weights(same) == {32: WEIGHTS[-1], 64: WEIGHTS[-1]}
     model.tiler = Tiler(tile_size=96, stride=96)
     assert model.fit_position_weights(same) == {32: 0.0, 64: 0.0}
