@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv test lint format demo bench-train bench-settings clean
+.PHONY: help setup venv test lint format demo bench-train bench-settings bench-scoring bench-step clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,13 @@ bench-train: $(STAMP) ## Train several ways and draw pixel AUROC against seconds
 bench-settings: $(STAMP) ## Rank settings by drawn defects and by the test images, in runs/ (the same variables)
 	$(BIN)/python benchmarks/train.py --data $(DATA) --seeds $(SEEDS) --base "$(BASE)" --synthetic \
 	    --settings benchmarks/settings.yaml --output runs/settings_$(notdir $(DATA:.yaml=))
+
+bench-scoring: $(STAMP) ## Train once and score in many ways, in runs/ (the same variables)
+	$(BIN)/python benchmarks/scoring.py --data $(DATA) --seeds $(SEEDS) --base "$(BASE)" \
+	    --output runs/scoring_$(notdir $(DATA:.yaml=))
+
+bench-step: $(STAMP) ## Profile a training step: steps/s, arithmetic, memory (DATA=..., BASE=...)
+	$(BIN)/python benchmarks/step.py --data $(DATA) --set "$(BASE)"
 
 clean: ## Remove the environment and what builds, checks and the demo have written
 	rm -rf $(VENV) build dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache

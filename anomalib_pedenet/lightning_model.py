@@ -141,7 +141,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             prediction has not learned anything yet; the paper has none (0). Defaults to ``1.0``.
         min_std (float): Standard deviation of the embeddings (in -1..1) below which L_var acts. Defaults to ``0.25``.
         lambda_syn (float): Weight of the synthetic-defect loss L_syn, which asks the embeddings to tell patches with
-            drawn defects from those without (dense training only); the paper has none (0). Defaults to ``0.3``.
+            drawn defects from those without (dense training only). It counts as far as location prediction fails:
+            times ``min(1, L_LPN / log 8)^2``. The paper has none (0). Defaults to ``1.0``.
         density_loss (str): Reading of Eq. 9: ``"dagmm"`` (mean of the logarithms) or ``"paper"`` (logarithm of the
             sum, as printed). Defaults to ``"dagmm"``.
         density_warmup (float): Fraction of the training before L_DEN and L_reg set in; over the same fraction again
@@ -203,7 +204,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         lambda_reg: float = 1e-7,
         lambda_var: float = 1.0,
         min_std: float = 0.25,
-        lambda_syn: float = 0.3,
+        lambda_syn: float = 1.0,
         density_loss: DensityLossType = "dagmm",
         density_warmup: float = 0.25,
         covariance_type: CovarianceType = "diag",
@@ -313,6 +314,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
                 *self.model.defect_networks.parameters(),
             ],
             lr=self.hparams.learning_rate,
+            fused=self.device.type in {"cpu", "cuda"},
         )
         if self.hparams.lr_schedule == "constant":
             return optimizer

@@ -12,13 +12,15 @@ textures, its loss is lowest when all embeddings are equal, so it drives them th
 term forbids that, and is zero wherever the embeddings spread by themselves.
 
 ``+ lambda_syn L_syn`` is not in the paper either: it asks the embeddings to tell patches with a drawn defect from those
-without (:mod:`anomalib_pedenet.synthetic`), which gives surfaces something to learn.
+without (:mod:`anomalib_pedenet.synthetic`), which gives surfaces something to learn. It counts as far as location
+prediction fails: where that has learned to tell places apart, drawn defects have little to add, and distract.
 
 Reference:
     PEDENet, https://arxiv.org/abs/2110.15525, section 3.3.
     A. Bardes, J. Ponce, Y. LeCun, "VICReg", ICLR 2022, https://arxiv.org/abs/2105.04906, Eq. 1 (L_var).
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -112,6 +114,18 @@ def defect_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels, weights)
 
 
+def synthetic_weight(location: torch.Tensor) -> torch.Tensor:
+    """Return how much L_syn counts beside a location prediction loss: ``min(1, L_LPN / log 8)^2``.
+
+    Args:
+        location (torch.Tensor): L_LPN of the step in nats, scalar.
+
+    Returns:
+        torch.Tensor: Scalar from 0, where location prediction is perfect, to 1, where it is at chance; detached.
+    """
+    return (location.detach() / math.log(8)).clamp(max=1.0).square()
+
+
 class LossTerms(NamedTuple):
     """The weighted sum of one step and its unweighted terms, each a scalar tensor."""
 
@@ -135,7 +149,8 @@ class PedenetLoss(nn.Module):
         covariance_jitter (float): Added to the covariances' diagonals.
         lambda_var (float): Weight of L_var; 0 leaves the term out, as in the paper.
         min_std (float): Floor of L_var, see :func:`variance_loss`.
-        lambda_syn (float): Weight of L_syn, see :func:`defect_loss`; 0 leaves the term out, as in the paper.
+        lambda_syn (float): Weight of L_syn, see :func:`defect_loss`, times :func:`synthetic_weight` unless L_LPN is
+            left out; 0 leaves the term out, as in the paper.
 
     Example:
         >>> loss = PedenetLoss(lambda_den=0.0, lambda_var=0.0)
@@ -213,10 +228,11 @@ class PedenetLoss(nn.Module):
                 msg = "lambda_syn is above 0, but there are no drawn defects: pass defect_logits and defect_labels."
                 raise ValueError(msg)
             synthetic = defect_loss(defect_logits.float(), defect_labels)
+        lambda_syn = self.lambda_syn * (synthetic_weight(location) if self.lambda_lpn > 0 else 1.0)
         total = (
             self.lambda_lpn * location
             + density_scale * (self.lambda_den * density + self.lambda_reg * regularization)
             + self.lambda_var * variance
-            + self.lambda_syn * synthetic
+            + lambda_syn * synthetic
         )
         return LossTerms(total, density, location, regularization, variance, synthetic)

@@ -19,8 +19,8 @@ WEIGHTS = (0.0, 4.0, 8.0, 16.0, 32.0)
 """Weights to choose from. At 32, a shift by 1 % of the image counts as much as 0.32 between embeddings, about the
 distance between neighbouring normal patches."""
 
-TOLERANCE = 0.1
-"""A weight is right for a data set if it makes normal patches look at most this much less alike, as a fraction."""
+MIN_ALIGNMENT = 0.8
+"""Alignment (see :func:`choose_weight`) from which a weight is right for a data set."""
 
 _NUM_QUERIES = 1_024
 
@@ -74,42 +74,55 @@ def choose_weight(
     image_size: tuple[int, int],
     stride: int,
     weights: Sequence[float] = WEIGHTS,
-    tolerance: float = TOLERANCE,
+    min_alignment: float = MIN_ALIGNMENT,
 ) -> float:
     """Choose the weight of the position from normal images alone.
 
-    For patches drawn from all images, their nearest neighbours in the *other* images are sought under each weight. If
-    the parts are aligned, the neighbours found at the same place are nearly as much alike as those found anywhere; if
-    they are not, they are much less so. The largest weight is taken whose neighbours are, by the distance of their
-    embeddings alone, at most ``tolerance`` farther on average than those of weight 0.
+    For patches drawn from all images, their nearest neighbours in the *other* images are sought under each weight: with
+    the true positions, and with positions shuffled among the patches of each image. A weight leaves fewer patches to
+    choose from, so that both lie farther away, by their embeddings alone, than the nearest neighbour found anywhere.
+    Where parts are aligned, only the shuffled ones do; where they are not, both do alike. The alignment is the share of
+    the shuffled ones' loss that the true ones do not have: about 1 for aligned parts, about 0 for surfaces and
+    unaligned parts, whatever the dimension and the spread of the embeddings.
 
     Args:
         grids (torch.Tensor): Embeddings ``[N, Z, h, w]`` of N normal images.
         image_size (tuple[int, int]): Height and width of the images in pixels.
         stride (int): Distance between neighbouring embeddings of the grid in pixels.
         weights (Sequence[float]): Weights to choose from, ascending, the first 0. Defaults to :data:`WEIGHTS`.
-        tolerance (float): Largest relative increase of the distance. Defaults to :data:`TOLERANCE`.
+        min_alignment (float): Alignment from which a weight is taken. Defaults to :data:`MIN_ALIGNMENT`.
 
     Returns:
-        float: The chosen weight; 0 for a single image.
+        float: The largest weight at which the alignment is high enough; the first one if there is none.
     """
     num_images, _, height, width = grids.shape
     if num_images < 2:
         return weights[0]
     rows = grids.permute(0, 2, 3, 1).flatten(0, 2).float()  # [N * h * w, Z]
-    positions = encode_positions(height, width, max(image_size), stride, rows).flatten(1).T.repeat(num_images, 1)
+    places = encode_positions(height, width, max(image_size), stride, rows).flatten(1).T  # [h * w, 2]
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(places), generator=generator) for _ in range(num_images)]
+    true, shuffled = places.repeat(num_images, 1), places[torch.cat(orders).to(places.device)]
     images = torch.arange(num_images, device=rows.device).repeat_interleave(height * width)
-    chosen = torch.linspace(0, len(rows) - 1, min(len(rows), _NUM_QUERIES), device=rows.device).long()
+    queries = torch.linspace(0, len(rows) - 1, min(len(rows), _NUM_QUERIES), device=rows.device).long()
 
-    distances = []
-    for weight in weights:
+    def distance(weight: float, positions: torch.Tensor) -> float:
+        """Return the mean distance of embeddings between patches and their nearest neighbours in other images."""
         bank = torch.cat([rows, weight * positions], dim=1)
         half_norms = bank.square().sum(dim=1) / 2
         total = torch.zeros((), device=rows.device)
-        for queries in chosen.split(64):
-            similarity = bank[queries] @ bank.T - half_norms  # [64, N * h * w]
-            similarity.masked_fill_(images[queries, None] == images, -torch.inf)
-            total += (rows[queries] - rows[similarity.argmax(dim=1)]).norm(dim=1).sum()
-        distances.append(total.item() / len(chosen))
-    limit = (1 + tolerance) * distances[0]
-    return max(weight for weight, distance in zip(weights, distances, strict=True) if distance <= limit)
+        for chosen in queries.split(64):
+            query = torch.cat([rows[chosen], weight * true[chosen]], dim=1)
+            similarity = query @ bank.T - half_norms  # [64, N * h * w]
+            similarity.masked_fill_(images[chosen, None] == images, -torch.inf)
+            total += (rows[chosen] - rows[similarity.argmax(dim=1)]).norm(dim=1).sum()
+        return total.item() / len(queries)
+
+    anywhere = distance(weights[0], true)
+    best = weights[0]
+    for weight in weights[1:]:
+        lost = distance(weight, shuffled) - anywhere
+        # Nothing is lost where a weight is too small to matter, or where all patches look alike.
+        if lost > 0 and 1 - (distance(weight, true) - anywhere) / lost >= min_alignment:
+            best = weight
+    return best

@@ -106,7 +106,7 @@ def sample_dense(
             defect_embeddings = torch.cat([first, drawn_on]).permute(0, 2, 3, 1).flatten(0, 2)
             defect_labels = torch.cat([torch.zeros_like(labels), labels]).flatten()
         samples[size] = EmbeddingSample(
-            embeddings=normal.permute(0, 2, 3, 1).flatten(0, 2)[chosen],
+            embeddings=normal.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, chosen),
             centers=gather_embeddings(first, pairs.positions, BASE_STRIDE).flatten(0, 1),
             neighbors=gather_embeddings(second, pairs.neighbor_positions, BASE_STRIDE).flatten(0, 1),
             directions=pairs.directions.flatten(),

@@ -3,9 +3,10 @@
 
 """Train Pedenet with one or more settings and seeds, and write what each run reached and cost as lines of CSV.
 
-Two files are appended to: ``<output>.csv`` has a line for each run (AUROC on the test images, seconds of the training),
-``<output>_curve.csv`` one for each validation on the way (seconds of training so far, without the validations before,
-and AUROC). Runs that the first file has already are left out, so that an interrupted benchmark goes on when repeated.
+Lines are appended to ``<output>.csv``, one for each run: AUROC on the validation and test images, and the seconds of
+the training, its memory bank included. Runs that the file has already are left out, so that an interrupted benchmark
+goes on when repeated. With ``--curve`` the training is validated after each epoch, and ``<output>_curve.csv`` has a
+line for each validation: the seconds of training so far, without the validations before, and AUROC.
 
 With ``--synthetic`` the validation is label-free: anomalib draws defects on training images held back. At the end the
 rank correlation of the validation's AUROC with that of the test images is printed, over all runs on each data set.
@@ -33,14 +34,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from matplotlib.figure import Figure
 
 TEST_METRICS = ("pixel_AUROC", "image_AUROC")
+LOGGED = ("lp_accuracy_32", "lp_accuracy_64", "spread_32", "spread_64")
 
 
 class Curve(Callback):
-    """Notes AUROC at every validation, and the time spent so far on everything but validations."""
+    """Notes AUROC at every validation, the time spent on everything else, and what the training logs at its end."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()
         self.paused = 0.0
+        self.logged: dict[str, float] = {}
         self.validation_start = 0.0
         self.points: list[dict[str, float]] = []
 
@@ -56,6 +59,15 @@ class Curve(Callback):
         seconds = self.validation_start - self.start - self.paused
         self.points.append({"step": trainer.global_step, "seconds": round(seconds, 1), **metrics})
         self.paused += time.monotonic() - self.validation_start
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what the epoch has logged."""
+        del pl_module
+        self.logged = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(("lp_accuracy", "spread", "loss"))
+        }
 
 
 def make_datamodule(options: argparse.Namespace) -> AnomalibDataModule:
@@ -97,14 +109,23 @@ def run(
             logger=False,
             enable_progress_bar=False,
             accelerator=options.accelerator,
+            check_val_every_n_epoch=1 if options.curve else 1_000_000,
         )
         datamodule = make_datamodule(options)
         engine.fit(model, datamodule=datamodule)
-        scores = engine.test(model, datamodule=datamodule)[0]
-    last = curve.points[-1]
-    result = {name: round(float(scores[name]), 4) for name in TEST_METRICS}
-    result |= {name: round(value, 4) for name, value in last.items() if name.startswith("val_")}
-    line = {**result, "steps": last["step"], "seconds": last["seconds"], "threads": torch.get_num_threads()}
+        seconds = time.monotonic() - curve.start - curve.paused
+        steps = engine.trainer.global_step
+        validated = engine.validate(model, datamodule=datamodule, verbose=False)[0]
+        tested = engine.test(model, datamodule=datamodule, verbose=False)[0]
+    result = {name: round(float(value), 4) for name, value in {**tested, **validated}.items()}
+    line = {
+        **{name: result[name] for name in (*TEST_METRICS, *(f"val_{name}" for name in TEST_METRICS)) if name in result},
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "position_weight": float(model.model.position_encodings[str(model.model.scored_sizes[0])].weight),
+        **{name: round(curve.logged.get(name, float("nan")), 4) for name in LOGGED},
+    }
     return line, curve.points
 
 
@@ -147,8 +168,10 @@ def main() -> None:
     parser.add_argument("--synthetic", action="store_true", help="validate on defects drawn on held-back normal images")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--output", default="train", help="path of the CSV files, without ending")
-    parser.add_argument("--plot", action="store_true", help="draw the curves as <output>.png")
+    parser.add_argument("--curve", action="store_true", help="validate after each epoch")
+    parser.add_argument("--plot", action="store_true", help="draw the curves as <output>.png (implies --curve)")
     options = parser.parse_args()
+    options.curve |= options.plot
 
     sets = {str(arguments): arguments for arguments in options.set or [{}]}
     if options.settings is not None:
@@ -161,7 +184,8 @@ def main() -> None:
             if label in done:
                 continue
             line, points = run(options, options.base | arguments, seed)
-            append(curves, [{**label, **point} for point in points])
+            if points:
+                append(curves, [{**label, **point} for point in points])
             append(runs, [{**label, **line}])
             print({**label, **line}, flush=True)
     if options.synthetic:

@@ -15,6 +15,7 @@ from anomalib_pedenet.loss import (
     defect_loss,
     density_loss,
     location_loss,
+    synthetic_weight,
     variance_loss,
 )
 from anomalib_pedenet.mixture import GaussianMixture, estimate_mixture, log_density
@@ -145,3 +146,26 @@ def test_defect_prediction_joins_the_total_with_its_weight() -> None:
     torch.testing.assert_close(terms.total, without.total + 3 * defect_loss(logits, labels))
     with pytest.raises(ValueError, match="pass defect_logits and defect_labels"):
         PedenetLoss(lambda_syn=3.0)(*arguments)
+
+
+def test_defect_prediction_counts_as_far_as_location_prediction_fails() -> None:
+    chance = torch.tensor(8.0).log()
+    losses = torch.stack([torch.tensor(0.0), chance / 2, chance, 2 * chance])
+    weights = torch.stack([synthetic_weight(loss) for loss in losses])
+    torch.testing.assert_close(weights, torch.tensor([0.0, 0.25, 1.0, 1.0]))
+    assert not synthetic_weight(losses.requires_grad_()[1]).requires_grad  # else failing would be a way to learn less
+
+
+def test_the_weight_of_defect_prediction_is_in_the_total() -> None:
+    torch.manual_seed(0)
+    embeddings, responsibilities = torch.randn(16, 64), torch.full((16, 2), 0.5)
+    logits, labels = torch.randn(20), torch.arange(20).remainder(2).float()
+    directions = torch.arange(4)
+    knows = 2 * torch.eye(8)[:4]  # location prediction that is right, and half sure
+    arguments = (embeddings, responsibilities, knows, directions)
+    for lambda_lpn, weight in ((1.0, (location_loss(knows, directions) / math.log(8)) ** 2), (0.0, 1.0)):
+        without = PedenetLoss(lambda_lpn=lambda_lpn)(*arguments)
+        terms = PedenetLoss(lambda_lpn=lambda_lpn, lambda_syn=3.0)(
+            *arguments, defect_logits=logits, defect_labels=labels
+        )
+        torch.testing.assert_close(terms.total, without.total + 3 * weight * defect_loss(logits, labels))

@@ -10,7 +10,7 @@ import torch
 from anomalib.data.utils.tiler import Tiler
 
 from anomalib_pedenet import Pedenet, PedenetModel
-from anomalib_pedenet.position import TOLERANCE, WEIGHTS, PositionEncoding, choose_weight
+from anomalib_pedenet.position import WEIGHTS, PositionEncoding, choose_weight
 
 
 def aligned_grids(num_images: int = 6, noise: float = 0.05) -> torch.Tensor:
@@ -48,25 +48,45 @@ def test_aligned_parts_get_the_largest_weight_and_unaligned_ones_none() -> None:
     assert choose_weight(aligned_grids(1), (96, 112), 8) == 0
 
 
+def test_high_dimensions_alone_are_no_alignment() -> None:
+    """In many dimensions all distances are alike, so that looking at one place only hardly costs anything."""
+    torch.manual_seed(0)
+    assert choose_weight(torch.randn(6, 256, 7, 9), (96, 112), 8) == 0
+
+
+def test_equal_images_without_any_structure_get_no_weight() -> None:
+    assert choose_weight(torch.zeros(4, 8, 7, 9), (96, 112), 8) == 0
+
+
 def test_the_choice_equals_a_search_one_by_one() -> None:
     grids = aligned_grids(4, noise=0.8)[:, :2]  # two dimensions: a patch has rivals all over the image
-    weights = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-    distances = []
-    for weight in weights:
+    patches = [(n, r, c) for n in range(4) for r in range(7) for c in range(9)]
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(63, generator=generator).tolist() for _ in range(4)]
+
+    def distance(weight: float, is_shuffled: bool) -> float:
         total = 0.0
-        patches = [(n, r, c) for n in range(4) for r in range(7) for c in range(9)]
         for n, r, c in patches:
             others = []
             for m, i, j in patches:
                 if m != n:
+                    row, column = divmod(orders[m][9 * i + j], 9) if is_shuffled else (i, j)
                     apart = (grids[n, :, r, c] - grids[m, :, i, j]).norm().item()
-                    shift = weight * 8 / 112 * ((r - i) ** 2 + (c - j) ** 2) ** 0.5
+                    shift = weight * 8 / 112 * ((r - row) ** 2 + (c - column) ** 2) ** 0.5
                     others.append((apart**2 + shift**2, apart))
             total += min(others)[1]
-        distances.append(total)
-    allowed = [w for w, d in zip(weights, distances, strict=True) if d <= (1 + TOLERANCE) * distances[0]]
-    assert 0 < max(allowed) < weights[-1]  # else this would not tell right from wrong
-    assert choose_weight(grids, (96, 112), 8, weights) == max(allowed)
+        return total
+
+    weights = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+    anywhere = distance(0.0, False)
+    alignments = [1 - (distance(w, False) - anywhere) / (distance(w, True) - anywhere) for w in weights[1:]]
+    chosen = set()
+    for limit in alignments:
+        expected = max(w for w, alignment in zip(weights[1:], alignments, strict=True) if alignment >= limit)
+        assert choose_weight(grids, (96, 112), 8, weights, limit - 1e-4) == expected
+        chosen.add(expected)
+    assert len(chosen) > 1  # else this would not tell right from wrong
+    assert choose_weight(grids, (96, 112), 8, weights, max(alignments) + 1e-4) == 0
 
 
 def test_a_large_weight_compares_with_the_same_place_only() -> None:

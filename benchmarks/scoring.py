@@ -1,0 +1,209 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Train once, then score in many ways: strides, bank, place of a patch, scales, smoothing, and the image's score.
+
+Each way is one step away from the defaults. A line of ``<output>.csv`` holds pixel and image AUROC on defects that
+anomalib draws on held-back normal images (``val_``, the label-free criterion) and on the test images. Pixels are
+compared on every second row and column. Nothing is trained anew, so ways compare exactly.
+
+Example:
+    ``python benchmarks/scoring.py --data configs/data/mvtec_ad.yaml --seeds 0 1 2 --output runs/scoring_bottle``
+"""
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+import yaml
+from anomalib.data import Batch
+from anomalib.engine import Engine
+from anomalib.models import Pedenet
+from lightning.pytorch import seed_everything
+from sklearn.metrics import roc_auc_score
+from torchvision.transforms.v2.functional import gaussian_blur
+from train import append, make_datamodule
+
+from anomalib_pedenet.anomaly_map import Combination, combine_maps, scores_to_map
+from anomalib_pedenet.patches import BASE_STRIDE
+from anomalib_pedenet.position import PositionEncoding, choose_weight
+from anomalib_pedenet.scorers import NearestNeighborScorer
+
+
+class Way(NamedTuple):
+    """A way of scoring; the defaults are Pedenet's.
+
+    Attributes:
+        sizes (tuple[int, ...]): Scales that are scored.
+        combination (Combination): How their maps are combined.
+        normalized (bool): Whether each is divided by the typical score of normal patches first.
+        stride (int): Distance between the patches of a scored image in pixels.
+        bank_stride (int): Distance between the patches of the training images in pixels.
+        bank_size (int): Rows of the memory bank.
+        position (float | None): Weight of a patch's position; ``None`` to choose it from normal images.
+        smoothing (float): Standard deviation in pixels of a Gaussian blur of the map; 0 for none.
+        top_share (float): The image's score is the mean over this share of its highest pixels; 0 for the maximum.
+    """
+
+    sizes: tuple[int, ...] = (32,)
+    combination: Combination = "product"
+    normalized: bool = True
+    stride: int = 8
+    bank_stride: int = 8
+    bank_size: int = 20_000
+    position: float | None = None
+    smoothing: float = 0.0
+    top_share: float = 0.0
+
+
+WAYS = {
+    "defaults": Way(),
+    **{f"stride {stride}": Way(stride=stride) for stride in (2, 4, 16, 32)},
+    **{f"bank_stride {stride}": Way(bank_stride=stride) for stride in (2, 4, 16, 32)},
+    **{f"bank_size {size}": Way(bank_size=size) for size in (200, 1_000, 5_000, 50_000)},
+    **{f"position_weight {weight}": Way(position=weight) for weight in (0.0, 4.0, 8.0, 16.0, 32.0, 64.0)},
+    "64 px": Way(sizes=(64,)),
+    "32 and 64 px, product": Way(sizes=(32, 64)),
+    "32 and 64 px, mean": Way(sizes=(32, 64), combination="mean"),
+    "32 and 64 px, mean, not normalised": Way(sizes=(32, 64), combination="mean", normalized=False),
+    **{f"blur {sigma} px": Way(smoothing=sigma) for sigma in (2.0, 4.0, 8.0)},
+    **{f"top {share:.1%}": Way(top_share=share) for share in (0.001, 0.01, 0.05)},
+}
+
+
+class Embedded(NamedTuple):
+    """Images as embeddings at the finest stride, with what is true of them.
+
+    Attributes:
+        grids (list[dict[int, torch.Tensor]]): For each image and scale, ``[1, Z, h, w]``, float16.
+        masks (torch.Tensor): True defects, ``[N, H, W]``.
+        labels (torch.Tensor): Which images are defective, ``[N]``.
+    """
+
+    grids: list[dict[int, torch.Tensor]]
+    masks: torch.Tensor
+    labels: torch.Tensor
+
+
+@torch.no_grad()
+def embed(model: Pedenet, batches: Iterable[Batch]) -> Embedded:
+    """Embed all images of a loader."""
+    grids, masks, labels = [], [], []
+    for batch in batches:
+        for image in model.model.standardize(model.pre_processor.transform(batch.image)).split(1):
+            embedded = model.model.embedding_network.embed_dense(image, BASE_STRIDE)
+            grids.append({size: grid.half() for size, grid in embedded.items()})
+        side = image.shape[-2:]
+        empty = torch.zeros(len(batch.image), *side, dtype=torch.bool)
+        mask = empty if batch.gt_mask is None else batch.gt_mask.reshape(len(batch.image), *batch.gt_mask.shape[-2:])
+        if mask.shape[-2:] != side:
+            mask = torch.nn.functional.interpolate(mask[:, None].float(), side, mode="nearest")[:, 0]
+        masks.append(mask.bool())
+        labels.append(batch.gt_label)
+    return Embedded(grids, torch.cat(masks), torch.cat(labels))
+
+
+def at_stride(images: Embedded, size: int, stride: int) -> Iterator[torch.Tensor]:
+    """Yield each image's embeddings of one scale at a coarser stride, ``[1, Z, h, w]``, float32."""
+    step = stride // BASE_STRIDE
+    for grids in images.grids:
+        yield grids[size][..., ::step, ::step].float()
+
+
+def anomaly_maps(way: Way, normal: Embedded, images: Embedded) -> torch.Tensor:
+    """Score images one way, without smoothing, and return their maps ``[N, H, W]``."""
+    image_size = tuple(images.masks.shape[1:])
+    maps = []
+    for size in way.sizes:
+        weight = way.position
+        if weight is None:
+            chosen = torch.linspace(0, len(normal.grids) - 1, min(32, len(normal.grids))).long()
+            sample = Embedded([normal.grids[index] for index in chosen], normal.masks, normal.labels)
+            weight = choose_weight(
+                torch.cat(list(at_stride(sample, size, way.bank_stride))), image_size, way.bank_stride
+            )
+        encoding = PositionEncoding(weight)
+        scorer = NearestNeighborScorer(next(at_stride(normal, size, 32)).shape[1] + 2, way.bank_size)
+        scorer.fit(
+            encoding(grid, image_size, way.bank_stride).flatten(2)[0].T
+            for grid in at_stride(normal, size, way.bank_stride)
+        )
+        unit = scorer.typical_score if way.normalized else 1.0
+        scores = []
+        for grid in at_stride(images, size, way.stride):
+            distances = scorer(encoding(grid, image_size, way.stride).flatten(2).transpose(1, 2))
+            scores.append(scores_to_map(distances.unflatten(1, grid.shape[-2:]) / unit, image_size, size, way.stride))
+        maps.append(torch.cat(scores))
+    return combine_maps(maps, way.combination)[:, 0]
+
+
+def measure(way: Way, maps: torch.Tensor, images: Embedded) -> dict[str, float]:
+    """Return pixel and image AUROC of maps ``[N, H, W]``."""
+    if way.smoothing > 0:
+        side = 2 * math.ceil(3 * way.smoothing) + 1
+        maps = gaussian_blur(maps[:, None], [side, side], [way.smoothing, way.smoothing])[:, 0]
+    count = max(1, round(way.top_share * maps[0].numel()))
+    scores = maps.flatten(1).topk(count, dim=1).values.mean(dim=1)
+    pixels, masks = maps[:, ::2, ::2], images.masks[:, ::2, ::2]
+    return {
+        "pixel_AUROC": round(roc_auc_score(masks.flatten().numpy(), pixels.flatten().numpy()), 4),
+        "image_AUROC": round(roc_auc_score(images.labels.numpy(), scores.numpy()), 4),
+    }
+
+
+def train(options: argparse.Namespace, seed: int) -> tuple[Embedded, Embedded, Embedded]:
+    """Train on four fifths of the normal images; return them, the rest with drawn defects, and the test images."""
+    seed_everything(seed)
+    settings: dict[str, Any] = {"patch_sizes": [32, 64], **options.base}
+    model = Pedenet(**settings, evaluator=False, visualizer=False)
+    datamodule = make_datamodule(options)
+    with tempfile.TemporaryDirectory() as results:
+        engine = Engine(
+            default_root_dir=results, logger=False, enable_progress_bar=False, accelerator="cpu", limit_val_batches=0
+        )
+        engine.fit(model, datamodule=datamodule)
+    model.eval()
+    loaders = (
+        torch.utils.data.DataLoader(datamodule.train_data, batch_size=8, collate_fn=datamodule.train_data.collate_fn),
+        datamodule.val_dataloader(),
+        datamodule.test_dataloader(),
+    )
+    normal, validation, test = (embed(model, loader) for loader in loaders)
+    return normal, validation, test
+
+
+def main() -> None:
+    """Train with each seed and score in every way."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--data", type=Path, required=True, help="configuration of a data module, see configs/data")
+    parser.add_argument("--root", type=Path, help="root of the data set, instead of the configuration's")
+    parser.add_argument("--category", help="category, instead of the configuration's")
+    parser.add_argument("--base", type=yaml.safe_load, default={}, help="arguments of Pedenet, YAML")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--output", default="scoring", help="path of the CSV file, without ending")
+    options = parser.parse_args()
+    options.synthetic = True
+
+    for seed in options.seeds:
+        normal, validation, test = train(options, seed)
+        for name, way in WAYS.items():
+            row: dict[str, Any] = {"data": options.category or options.data.stem, "way": name, "seed": seed}
+            start = time.monotonic()
+            for prefix, images in (("val_", validation), ("", test)):
+                maps = anomaly_maps(way, normal, images)
+                row |= {f"{prefix}{metric}": value for metric, value in measure(way, maps, images).items()}
+            row["seconds"] = round(time.monotonic() - start, 1)
+            append(Path(f"{options.output}.csv"), [row])
+            print(row, flush=True)
+    table = pd.read_csv(f"{options.output}.csv").groupby("way", sort=False).mean(numeric_only=True)
+    print(table.drop(columns="seed").round(4).to_string())
+
+
+if __name__ == "__main__":
+    main()
