@@ -160,8 +160,7 @@ def measure(way: Way, maps: torch.Tensor, images: Embedded) -> dict[str, float]:
 def train(options: argparse.Namespace, seed: int) -> tuple[Embedded, Embedded, Embedded]:
     """Train on four fifths of the normal images; return them, the rest with drawn defects, and the test images."""
     seed_everything(seed)
-    settings: dict[str, Any] = {"patch_sizes": [32, 64], **options.base}
-    model = Pedenet(**settings, evaluator=False, visualizer=False)
+    model = Pedenet(**options.base, evaluator=False, visualizer=False)
     datamodule = make_datamodule(options)
     with tempfile.TemporaryDirectory() as results:
         engine = Engine(

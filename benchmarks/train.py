@@ -31,6 +31,7 @@ from anomalib.engine import Engine
 from anomalib.metrics import AUROC, Evaluator
 from anomalib.models import Pedenet
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.figure import Figure
 
 TEST_METRICS = ("pixel_AUROC", "image_AUROC")
@@ -55,6 +56,8 @@ class Curve(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note a point and start the clock again."""
         del pl_module
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
         seconds = self.validation_start - self.start - self.paused
         self.points.append({"step": trainer.global_step, "seconds": round(seconds, 1), **metrics})

@@ -1,0 +1,65 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The benchmarks of training run from the command line, and write what they say."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BASE = "{max_steps: 4, image_size: [144, 160], crops_per_step: 1, bank_size: 300}"
+
+
+@pytest.fixture
+def data(dataset_root: Path, tmp_path: Path) -> list[str]:
+    config = {
+        "class_path": "anomalib.data.MVTecAD",
+        "init_args": {"root": str(dataset_root), "category": "stripes", "train_batch_size": 3, "num_workers": 0},
+    }
+    path = tmp_path / "stripes.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return ["--data", str(path)]
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+
+def test_settings_are_ranked_by_drawn_defects_and_a_benchmark_goes_on(data: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "runs" / "settings"
+    arguments = ["train.py", *data, "--base", BASE, "--synthetic", "--curve", "--output", str(output)]
+    assert "rank correlation" in run(*arguments, "--set", "{}", "--set", "{lambda_syn: 0.0}")
+    run(*arguments, "--set", "{}", "--set", "{lambda_syn: 0.0}", "--set", "{lambda_den: 0.0}")
+    rows = pd.read_csv(f"{output}.csv")
+    assert list(rows["settings"]) == ["{}", "{'lambda_syn': 0.0}", "{'lambda_den': 0.0}"]
+    assert rows[["pixel_AUROC", "image_AUROC", "val_pixel_AUROC"]].stack().between(0, 1).all()
+    assert (rows["steps"] == 4).all()
+    curves = pd.read_csv(f"{output}_curve.csv")
+    assert (curves.groupby("settings")["seconds"].diff().dropna() > 0).all()
+
+
+def test_every_way_of_scoring_is_measured_on_one_training(data: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "scoring"
+    table = run("scoring.py", *data, "--base", BASE, "--output", str(output))
+    rows = pd.read_csv(f"{output}.csv").set_index("way")
+    assert len(rows) > 20
+    assert "stride 2" in table
+    # What cannot differ does not: five training images have fewer rows than the default bank.
+    assert (rows.loc["bank_size 50000", "pixel_AUROC"]) == rows.loc["defaults", "pixel_AUROC"]
+    assert rows.loc["stride 2", "pixel_AUROC"] != rows.loc["stride 32", "pixel_AUROC"]
+
+
+def test_a_step_is_profiled(data: list[str]) -> None:
+    table = run("step.py", *data, "--set", "{image_size: [144, 160], crops_per_step: 1}", "--steps", "3")
+    figures = dict(line.rsplit(maxsplit=1) for line in table.splitlines() if line.startswith(("GFLOP", "steps per")))
+    assert float(figures["steps per second"]) > 0
+    # The small encoder alone takes 1.2 GMAC for a crop, forwards; backwards twice as much; three views.
+    assert 20 < float(figures["GFLOP per step"]) < 25
