@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from anomalib_pedenet.anomaly_map import Combination
 from anomalib_pedenet.image_pool import ImagePool
-from anomalib_pedenet.loss import DensityLossType, PedenetLoss
+from anomalib_pedenet.loss import DensityLossType, PedenetLoss, synthetic_weight
 from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.patches import BASE_STRIDE, PATCH_SIZE, SUB_PATCH_SIZE, minimum_training_size
 from anomalib_pedenet.sampling import EmbeddingSample, sample_dense, sample_patches
@@ -254,6 +254,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         self.automatic_optimization = False
         self._planned_steps = max_steps
         self._pool: ImagePool | None = None
+        self._last_metrics: dict[str, torch.Tensor] = {}  # means over the latest batch's steps
         self._clock = (0, 0.0)  # step and time at which the training started
         self._uses_bfloat16 = False
         self._is_bank_stale = False
@@ -494,6 +495,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
                 "learning_rate or lambda_den, or raise covariance_jitter. Earlier checkpoints are untouched."
             )
             raise ValueError(msg)
+        self._last_metrics = metrics
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1)
         sizes = self.model.patch_sizes
         for label, prefix in (("den", "loss_den"), ("lpn", "loss_lpn"), ("reg", "loss_reg"), ("syn", "loss_syn")):
@@ -554,9 +556,20 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         """Do nothing: the mixin would build the bank here once and never again."""
 
     def on_train_end(self) -> None:
-        """Rebuild the memory bank if training went on since it was built."""
+        """Rebuild the memory bank if training went on since it was built, and say what was learned."""
         self._refresh_bank()
         self._pool = None
+        for size in self.model.patch_sizes if self._last_metrics else ():
+            location = self._last_metrics[f"loss_lpn_{size}"]
+            logger.info(
+                "Trained %d-px patches: location prediction is right in %.0f %% of pairs (chance: 12 %%); drawn "
+                "defects counted %.2f in the end (at most lambda_syn, %g); spread of the embeddings %.2f.",
+                size,
+                100 * self._last_metrics[f"lp_accuracy_{size}"],
+                self.hparams.lambda_syn * (synthetic_weight(location) if self.hparams.lambda_lpn > 0 else 1.0),
+                self.hparams.lambda_syn,
+                self._last_metrics[f"spread_{size}"],
+            )
 
     def _refresh_bank(self) -> None:
         """Build the memory bank if it is not that of the present weights."""

@@ -181,6 +181,8 @@ def test_the_log_says_how_far_the_training_is(
     reports = [record.getMessage() for record in caplog.records if " s left" in record.getMessage()]
     assert len(reports) == 20
     assert reports[-1].startswith("Step 40 of 40, ")
+    learned = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Trained ")]
+    assert [message.split(":")[0] for message in learned] == ["Trained 32-px patches", "Trained 64-px patches"]
 
 
 def test_every_term_is_logged(datamodule: MVTecAD, tmp_path: Path) -> None:
