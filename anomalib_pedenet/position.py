@@ -20,7 +20,7 @@ WEIGHTS = (0.0, 4.0, 8.0, 16.0, 32.0)
 distance between neighbouring normal patches."""
 
 MIN_ALIGNMENT = 0.8
-"""Alignment (see :func:`choose_weight`) from which a weight is right for a data set."""
+"""Alignment (see :func:`measure_alignment`) from which a weight is right for a data set."""
 
 _NUM_QUERIES = 1_024
 
@@ -69,14 +69,13 @@ def encode_positions(height: int, width: int, side: int, stride: int, like: torc
 
 
 @torch.no_grad()
-def choose_weight(
+def measure_alignment(
     grids: torch.Tensor,
     image_size: tuple[int, int],
     stride: int,
-    weights: Sequence[float] = WEIGHTS,
-    min_alignment: float = MIN_ALIGNMENT,
-) -> float:
-    """Choose the weight of the position from normal images alone.
+    weights: Sequence[float] = WEIGHTS[1:],
+) -> list[float]:
+    """Measure, on normal images alone, how far patches look alike at the same place.
 
     For patches drawn from all images, their nearest neighbours in the *other* images are sought under each weight: with
     the true positions, and with positions shuffled among the patches of each image. A weight leaves fewer patches to
@@ -86,18 +85,15 @@ def choose_weight(
     unaligned parts, whatever the dimension and the spread of the embeddings.
 
     Args:
-        grids (torch.Tensor): Embeddings ``[N, Z, h, w]`` of N normal images.
+        grids (torch.Tensor): Embeddings ``[N, Z, h, w]`` of N normal images, two or more.
         image_size (tuple[int, int]): Height and width of the images in pixels.
         stride (int): Distance between neighbouring embeddings of the grid in pixels.
-        weights (Sequence[float]): Weights to choose from, ascending, the first 0. Defaults to :data:`WEIGHTS`.
-        min_alignment (float): Alignment from which a weight is taken. Defaults to :data:`MIN_ALIGNMENT`.
+        weights (Sequence[float]): Weights of the position, above 0. Defaults to those of :data:`WEIGHTS`.
 
     Returns:
-        float: The largest weight at which the alignment is high enough; the first one if there is none.
+        list[float]: The alignment at each weight; 0 where a weight is too small to matter, or all patches look alike.
     """
     num_images, _, height, width = grids.shape
-    if num_images < 2:
-        return weights[0]
     rows = grids.permute(0, 2, 3, 1).flatten(0, 2).float()  # [N * h * w, Z]
     places = encode_positions(height, width, max(image_size), stride, rows).flatten(1).T  # [h * w, 2]
     generator = torch.Generator().manual_seed(0)
@@ -118,11 +114,36 @@ def choose_weight(
             total += (rows[chosen] - rows[similarity.argmax(dim=1)]).norm(dim=1).sum()
         return total.item() / len(queries)
 
-    anywhere = distance(weights[0], true)
-    best = weights[0]
-    for weight in weights[1:]:
+    anywhere = distance(0.0, true)
+    alignments = []
+    for weight in weights:
         lost = distance(weight, shuffled) - anywhere
-        # Nothing is lost where a weight is too small to matter, or where all patches look alike.
-        if lost > 0 and 1 - (distance(weight, true) - anywhere) / lost >= min_alignment:
-            best = weight
-    return best
+        alignments.append(1 - (distance(weight, true) - anywhere) / lost if lost > 0 else 0.0)
+    return alignments
+
+
+def choose_weight(
+    grids: torch.Tensor,
+    image_size: tuple[int, int],
+    stride: int,
+    weights: Sequence[float] = WEIGHTS,
+    min_alignment: float = MIN_ALIGNMENT,
+) -> float:
+    """Choose the weight of the position from normal images alone, by :func:`measure_alignment`.
+
+    Args:
+        grids (torch.Tensor): Embeddings ``[N, Z, h, w]`` of N normal images.
+        image_size (tuple[int, int]): Height and width of the images in pixels.
+        stride (int): Distance between neighbouring embeddings of the grid in pixels.
+        weights (Sequence[float]): Weights to choose from, ascending, the first 0. Defaults to :data:`WEIGHTS`.
+        min_alignment (float): Alignment from which a weight is taken. Defaults to :data:`MIN_ALIGNMENT`.
+
+    Returns:
+        float: The largest weight at which the alignment is high enough; the first one if there is none, and for a
+            single image.
+    """
+    if len(grids) < 2:
+        return weights[0]
+    alignments = measure_alignment(grids, image_size, stride, weights[1:])
+    fitting = [weight for weight, value in zip(weights[1:], alignments, strict=True) if value >= min_alignment]
+    return max(fitting, default=weights[0])

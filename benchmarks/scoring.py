@@ -32,7 +32,7 @@ from train import append, make_datamodule
 
 from anomalib_pedenet.anomaly_map import Combination, combine_maps, scores_to_map
 from anomalib_pedenet.patches import BASE_STRIDE
-from anomalib_pedenet.position import PositionEncoding, choose_weight
+from anomalib_pedenet.position import WEIGHTS, PositionEncoding, choose_weight, measure_alignment
 from anomalib_pedenet.scorers import NearestNeighborScorer
 
 
@@ -116,6 +116,12 @@ def at_stride(images: Embedded, size: int, stride: int) -> Iterator[torch.Tensor
         yield grids[size][..., ::step, ::step].float()
 
 
+def evenly_spread(images: Embedded, size: int, stride: int, limit: int = 32) -> torch.Tensor:
+    """Return the embeddings ``[n, Z, h, w]`` of some images from all over a set."""
+    grids = list(at_stride(images, size, stride))
+    return torch.cat([grids[index] for index in torch.linspace(0, len(grids) - 1, min(limit, len(grids))).long()])
+
+
 def anomaly_maps(way: Way, normal: Embedded, images: Embedded) -> torch.Tensor:
     """Score images one way, without smoothing, and return their maps ``[N, H, W]``."""
     image_size = tuple(images.masks.shape[1:])
@@ -123,11 +129,7 @@ def anomaly_maps(way: Way, normal: Embedded, images: Embedded) -> torch.Tensor:
     for size in way.sizes:
         weight = way.position
         if weight is None:
-            chosen = torch.linspace(0, len(normal.grids) - 1, min(32, len(normal.grids))).long()
-            sample = Embedded([normal.grids[index] for index in chosen], normal.masks, normal.labels)
-            weight = choose_weight(
-                torch.cat(list(at_stride(sample, size, way.bank_stride))), image_size, way.bank_stride
-            )
+            weight = choose_weight(evenly_spread(normal, size, way.bank_stride), image_size, way.bank_stride)
         encoding = PositionEncoding(weight)
         scorer = NearestNeighborScorer(next(at_stride(normal, size, 32)).shape[1] + 2, way.bank_size)
         scorer.fit(
@@ -191,6 +193,13 @@ def main() -> None:
 
     for seed in options.seeds:
         normal, validation, test = train(options, seed)
+        image_size = tuple(test.masks.shape[1:])
+        for size in sorted(normal.grids[0]):
+            alignments = measure_alignment(evenly_spread(normal, size, 8), image_size, 8)
+            values = ", ".join(
+                f"{value:.2f} at {weight:g}" for weight, value in zip(WEIGHTS[1:], alignments, strict=True)
+            )
+            print(f"seed {seed}, {size} px: alignment by weight of the position: {values}", flush=True)
         for name, way in WAYS.items():
             row: dict[str, Any] = {"data": options.category or options.data.stem, "way": name, "seed": seed}
             start = time.monotonic()
