@@ -18,6 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -35,6 +36,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from anomalib_pedenet.anomaly_map import Combination
+from anomalib_pedenet.criterion import draw_test_defects, drawn_defect_auroc
 from anomalib_pedenet.image_pool import ImagePool
 from anomalib_pedenet.loss import DensityLossType, PedenetLoss, synthetic_weight
 from anomalib_pedenet.mixture import CovarianceType
@@ -58,6 +60,8 @@ _STANDARDIZATION_IMAGES = 64
 
 # Enough to tell aligned parts from unaligned ones; about as many patches as the default memory bank has rows.
 _POSITION_IMAGES = 32
+
+_MAX_HELD_BACK = 32
 
 # State that is fitted with the memory bank.
 _FITTED = ("model.scorers.", "model.position_encodings.")
@@ -118,6 +122,10 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         steps_per_image (int | None): Optimizer steps made for every training image in an epoch, so that each image is
             decoded once for several steps. ``None`` makes ``max_steps`` about three epochs, whatever the number of
             images; each epoch ends with a validation. Defaults to ``None``.
+        holdout (float): Fraction of the training images, from 0 to 0.5, that are held back from training and memory
+            bank. At each validation a defect is drawn on each of them (at most 32), and how well those are found is
+            logged as ``drawn_pixel_AUROC`` and ``drawn_image_AUROC``: figures to stop, to keep the best checkpoint and
+            to compare settings by, from normal images alone. Defaults to ``0`` (all images are trained on).
         cache_gib (float): Memory for training images that have been decoded, in GiB, on the training device. Crops are
             drawn from all of them. Defaults to ``2.0``.
         training_mode (str): ``"dense"`` trains on crops whose patches share their computation; ``"patchwise"`` on
@@ -130,7 +138,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             Defaults to ``1024``.
         color_shift (float): Standard deviation of the random colour shift of each view and channel, in units of the
             normalised images (whose standard deviation is about 1). Defaults to ``0.1``.
-        noise (float): Standard deviation of the random noise of each view's pixels, likewise. Defaults to ``0.1``.
+        noise (float): Standard deviation of the random noise of each view's pixels, likewise: embeddings learn to look
+            at what is larger than pixels. Defaults to ``0.3``.
         learning_rate (float): Adam's learning rate, the peak of the one-cycle schedule. Defaults to ``1e-3``.
         lr_schedule (str): ``"one_cycle"`` or ``"constant"`` (the paper's). Defaults to ``"one_cycle"``.
         lambda_den (float): Weight lambda_1 of the density loss L_DEN. Too large a weight makes all embeddings equal
@@ -189,6 +198,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         batch_norm: bool = True,
         max_steps: int = 1500,
         steps_per_image: int | None = None,
+        holdout: float = 0.0,
         cache_gib: float = 2.0,
         training_mode: TrainingMode = "dense",
         crops_per_step: int = 3,
@@ -196,7 +206,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         patches_per_step: int = 1024,
         pairs_per_step: int = 1024,
         color_shift: float = 0.1,
-        noise: float = 0.1,
+        noise: float = 0.3,
         learning_rate: float = 1e-3,
         lr_schedule: LearningRateSchedule = "one_cycle",
         lambda_den: float = 1e-4,
@@ -254,6 +264,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         self.automatic_optimization = False
         self._planned_steps = max_steps
         self._pool: ImagePool | None = None
+        self._held_back: _HeldBack | None = None
         self._last_metrics: dict[str, torch.Tensor] = {}  # means over the latest batch's steps
         self._clock = (0, 0.0)  # step and time at which the training started
         self._uses_bfloat16 = False
@@ -330,7 +341,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         """Measure the training images and choose the arithmetic of the networks."""
         self._planned_steps = self._total_steps()
         self._uses_bfloat16 = _uses_bfloat16(self.hparams.train_precision, self.device)
-        num_images = self._images_per_epoch()
+        self._hold_back()
+        num_images = self._images_per_epoch() if self._held_back is None else len(self._held_back.trained_on)
         self._pool = ImagePool(num_images or 2**31, int(self.hparams.cache_gib * 2**30))
         self._clock = (self.trainer.global_step, time.monotonic())
         if self.trainer.global_step == 0:  # a resumed training goes on with the checkpoint's
@@ -364,9 +376,11 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         if pool is None:
             msg = "There is no pool of training images: train with anomalib's Engine or a Lightning Trainer."
             raise RuntimeError(msg)
-        pool.add(self.model.standardize(batch.image))
+        images = batch.image if self._held_back is None else batch.image[self._held_back.trainable(batch)]
+        if len(images):
+            pool.add(self.model.standardize(images))
         history: list[dict[str, torch.Tensor]] = []
-        for _ in range(min(remaining, self._steps_per_image() * len(batch.image))):
+        for _ in range(min(remaining, self._steps_per_image() * len(images))):
             self._is_bank_stale = True
             loss, metrics = self._joint_loss(pool.images)
             optimizer.zero_grad()
@@ -539,14 +553,65 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         self._is_bank_stale = False
 
     def _normal_images(self, indices: Sequence[int] | None = None) -> "_NormalImages":
-        """Return the pre-processed training images, one by one, in order and without augmentation."""
+        """Return pre-processed training images, all not held back by default, one by one and without augmentation."""
+        if indices is None and self._held_back is not None:
+            indices = self._held_back.trained_on
         return _NormalImages(self.trainer.train_dataloader, self.pre_processor, self.device, indices)
 
     def _sample_of_normal_images(self, limit: int) -> torch.Tensor:
-        """Return at most ``limit`` pre-processed training images ``[N, 3, H, W]``, evenly spread over the set."""
+        """Return at most ``limit`` pre-processed images ``[N, 3, H, W]`` from all over those that are trained on."""
         num_images = len(self.trainer.train_dataloader.dataset)
-        chosen = torch.linspace(0, num_images - 1, min(num_images, limit)).long().tolist()
-        return torch.cat(list(self._normal_images(chosen)))
+        indices = list(range(num_images)) if self._held_back is None else self._held_back.trained_on
+        chosen = torch.linspace(0, len(indices) - 1, min(len(indices), limit)).long().tolist()
+        return torch.cat(list(self._normal_images([indices[position] for position in chosen])))
+
+    # ----------------------------------------------------------------------------------------- label-free criterion
+
+    def _hold_back(self) -> None:
+        """Choose the images to hold back, evenly spread over the training set, and draw a defect on each.
+
+        Raises:
+            ValueError: If there are too few training images, or their batches do not say which images they hold.
+        """
+        self._held_back = None
+        if self.hparams.holdout == 0:
+            return
+        num_images = len(self.trainer.train_dataloader.dataset)
+        count = min(_MAX_HELD_BACK, max(1, round(self.hparams.holdout * num_images)))
+        if num_images - count < MIN_TRAINING_IMAGES:
+            msg = (
+                f"The training set has {num_images} normal image(s), too few to hold {count} back (holdout "
+                f"{self.hparams.holdout:g}) and train on {MIN_TRAINING_IMAGES}: set holdout to 0, or add images."
+            )
+            raise ValueError(msg)
+        indices = torch.linspace(0, num_images - 1, count + 2)[1:-1].round().long().tolist()
+        images = self._normal_images(indices)
+        normal = torch.cat(list(images))
+        if len(images.paths) != count:
+            msg = "holdout needs a data module whose batches have image_path, to know the images that are held back."
+            raise ValueError(msg)
+        self._held_back = _HeldBack(
+            trained_on=sorted(set(range(num_images)) - set(indices)), paths=frozenset(images.paths), normal=normal
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        """Log how well drawn defects are found on the images held back, if there are any."""
+        super().on_validation_epoch_end()
+        if self._held_back is None:
+            return
+        # Drawn in units of the images' standard deviation, scored from the pre-processed images.
+        normal = self._held_back.normal.to(self.device)
+        drawn = draw_test_defects(self.model.standardize(normal))
+        drawn = drawn._replace(images=drawn.images * self.model.input_std + self.model.input_mean)
+        pixel, image = drawn_defect_auroc(self.model, normal, drawn)
+        self.log_dict({"drawn_pixel_AUROC": pixel, "drawn_image_AUROC": image}, prog_bar=True, batch_size=1)
+        logger.info(
+            "AUROC on defects drawn on %d images held back, after %d steps: pixels %.4f, images %.4f.",
+            len(normal),
+            self.trainer.global_step,
+            pixel,
+            image,
+        )
 
     def on_validation_start(self) -> None:
         """Rebuild the memory bank if training went on since it was built."""
@@ -736,6 +801,9 @@ def _validate(hparams: Mapping[str, Any]) -> None:
     if hparams["position_weight"] != "auto" and not 0 <= hparams["position_weight"] < math.inf:
         msg = f"position_weight must be 'auto' or a finite number of at least 0, got {hparams['position_weight']}."
         raise ValueError(msg)
+    if not 0 <= hparams["holdout"] <= 0.5:
+        msg = f"holdout must be a fraction of the training images from 0 to 0.5, got {hparams['holdout']}."
+        raise ValueError(msg)
     if hparams["learning_rate"] <= 0:
         msg = f"learning_rate must be above 0, got {hparams['learning_rate']}."
         raise ValueError(msg)
@@ -818,6 +886,25 @@ def _uses_bfloat16(train_precision: TrainPrecision, device: torch.device) -> boo
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 - there is no public name
 
 
+@dataclass(frozen=True)
+class _HeldBack:
+    """Training images that are held back.
+
+    Attributes:
+        trained_on (list[int]): Positions in the data set of all the others.
+        paths (frozenset[str]): Files of those held back.
+        normal (torch.Tensor): They themselves, pre-processed, ``[N, 3, H, W]``.
+    """
+
+    trained_on: list[int]
+    paths: frozenset[str]
+    normal: torch.Tensor
+
+    def trainable(self, batch: Batch) -> list[int]:
+        """Return the positions in a batch of the images that are not held back."""
+        return [position for position, path in enumerate(batch.image_path) if str(path) not in self.paths]
+
+
 class _NormalImages:
     """The pre-processed training images, one by one, in order and without augmentation, on a device.
 
@@ -842,12 +929,16 @@ class _NormalImages:
         self.loader = DataLoader(subset, batch_size=1, collate_fn=loader.collate_fn)
         self.transform = getattr(pre_processor, "transform", None)
         self.device = device
+        self.paths: list[str] = []
+        """Files of the images that the latest iteration has yielded, as far as they are known."""
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        self.paths = []
         for batch in self.loader:
             _check_finite(batch)
+            self.paths += [str(path) for path in getattr(batch, "image_path", None) or ()]
             images = batch.image.to(self.device)
             yield images if self.transform is None else self.transform(images)

@@ -18,6 +18,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_pedenet import Pedenet, PedenetModel
+from anomalib_pedenet.criterion import draw_test_defects, drawn_defect_auroc
+from tests.integration.conftest import write_dataset
 
 SMALL = {
     "image_size": (144, 160),
@@ -191,6 +193,61 @@ def test_every_term_is_logged(datamodule: MVTecAD, tmp_path: Path) -> None:
     names = ("loss_den", "loss_lpn", "loss_reg", "loss_var", "loss_syn", "lp_accuracy", "spread")
     assert {"train_loss"} | {f"{name}_{size}" for name in names for size in (32, 64)} <= logged
     assert {"den", "lpn", "reg", "syn", "lp_acc", "spread", "step"} <= set(engine.trainer.progress_bar_metrics)
+
+
+def test_held_back_images_are_neither_trained_on_nor_in_the_bank(datamodule: MVTecAD, tmp_path: Path) -> None:
+    pooled = []
+
+    class Recorder(Pedenet):
+        def _joint_loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            pooled.append(len(images))
+            return super()._joint_loss(images)
+
+    options = {**SMALL, "scored_sizes": [64], "bank_size": 10_000}
+    banks = []
+    for holdout in (0.0, 0.34):
+        model = Recorder(**options, max_steps=12, holdout=holdout)
+        train(datamodule, tmp_path / str(holdout), model)
+        banks.append(len(model.model.scorers["64"].bank))
+    assert banks[1] * 6 == banks[0] * 4  # two of six images are held back
+    assert max(pooled[:12]) == 6
+    assert max(pooled[12:]) == 4
+
+
+def test_the_best_checkpoint_and_early_stopping_by_drawn_defects(
+    datamodule: MVTecAD,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    best = ModelCheckpoint(dirpath=tmp_path, filename="best", monitor="drawn_pixel_AUROC", mode="max")
+    stop = EarlyStopping(
+        monitor="drawn_pixel_AUROC", mode="max", patience=1, min_delta=1.0
+    )  # nothing is an improvement
+    with caplog.at_level(logging.INFO, logger="anomalib_pedenet"):
+        engine = train(datamodule, tmp_path, Pedenet(**SMALL, max_steps=100, holdout=0.34), best, stop)
+    assert engine.trainer.current_epoch == 2
+    assert 0 <= best.best_model_score <= 1
+    said = [record.getMessage() for record in caplog.records if "held back, after" in record.getMessage()]
+    assert len(said) == 2
+    assert f"pixels {max(float(message.split('pixels ')[1][:6]) for message in said)}" in " ".join(said)
+    assert_figures_come_back(tmp_path / "best.ckpt", datamodule, float(best.best_model_score))
+
+
+def assert_figures_come_back(path: Path, datamodule: MVTecAD, expected: float) -> None:
+    """Compute the label-free figure from a checkpoint and the images, without the Lightning module's hooks."""
+    model = Pedenet.load_from_checkpoint(path).eval()
+    transform = model.pre_processor.transform
+    normal = torch.stack([transform(datamodule.train_data[index].image) for index in (2, 3)])
+    drawn = draw_test_defects(model.model.standardize(normal))
+    images = drawn.images * model.model.input_std + model.model.input_mean
+    pixel, _ = drawn_defect_auroc(model.model, normal, drawn._replace(images=images))
+    assert pixel == pytest.approx(expected, abs=1e-4)
+
+
+def test_too_few_images_to_hold_some_back_are_refused(tmp_path: Path) -> None:
+    datamodule = MVTecAD(root=write_dataset(tmp_path / "data", num_train=2), category="stripes", num_workers=0)
+    with pytest.raises(ValueError, match=r"2 normal image.*too few to hold 1 back .*set holdout to 0"):
+        train(datamodule, tmp_path, Pedenet(**SMALL, max_steps=4, holdout=0.5))
 
 
 def test_collapse_is_said_once_with_its_remedy(

@@ -37,6 +37,7 @@ DEFAULTS = Path(__file__).parents[2] / "configs" / "model" / "pedenet.yaml"
         ({"lambda_var": -1.0}, "lambda_var must be at least 0, got -1.0"),
         ({"pre_trained": True}, "pre_trained must be False: .* has no weights to load"),
         ({"noise": -0.1}, "noise must be at least 0, got -0.1"),
+        ({"holdout": 0.6}, "holdout must be a fraction of the training images from 0 to 0.5, got 0.6"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"density_warmup": 1.5}, "density_warmup must be a fraction"),
         ({"lambda_den": 0.0, "lambda_lpn": 0.0, "lambda_syn": 0.0}, "all 0, so there is nothing to learn"),

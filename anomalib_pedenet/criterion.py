@@ -1,0 +1,182 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""How good a training is, by normal images alone: AUROC on defects drawn on images that were held back.
+
+Five kinds of defect, none shaped after a test set, and drawn by other means than those that the embeddings are trained
+on (:mod:`anomalib_pedenet.synthetic`): a piece of the image turned and put elsewhere, a straight line, a swirl, a
+smoothed area, and a stain with a soft edge. They depend on the images and a seed only, so that settings and epochs are
+compared on the very same pictures.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torchmetrics.functional.classification import binary_auroc
+
+_PLACES = 4  # tried for each defect; the most visible one is taken, as empty backgrounds hide most of them
+
+_PIXEL_STEP = 2  # pixels are compared on every second row and column: neighbours hardly differ
+
+Drawing = tuple[torch.Tensor, torch.Tensor]
+"""A changed image ``[C, H, W]`` and where it was changed ``[H, W]``, bool."""
+
+
+class DrawnDefects(NamedTuple):
+    """Normal images with a drawn defect each.
+
+    Attributes:
+        images (torch.Tensor): ``[N, C, H, W]``.
+        masks (torch.Tensor): Where the defects are, bool ``[N, H, W]``.
+    """
+
+    images: torch.Tensor
+    masks: torch.Tensor
+
+
+class _Random:
+    """Numbers and places from a seeded generator on the CPU, the same on every device."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def uniform(self, low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=self.generator))
+
+    def sign(self) -> float:
+        return 1.0 if self.uniform(0, 1) < 0.5 else -1.0
+
+    def center(self, image: torch.Tensor, margin: float) -> tuple[float, float]:
+        height, width = image.shape[-2:]
+        return self.uniform(margin, height - margin), self.uniform(margin, width - margin)
+
+
+def _distance(image: torch.Tensor, center: tuple[float, float]) -> torch.Tensor:
+    """Return each pixel's distance to a point, ``[H, W]``."""
+    rows = torch.arange(image.shape[-2], device=image.device)[:, None] - center[0]
+    columns = torch.arange(image.shape[-1], device=image.device)[None, :] - center[1]
+    return torch.hypot(rows.float(), columns.float())
+
+
+def _turned_piece(image: torch.Tensor, random: _Random, side: float) -> Drawing:
+    """Put a square piece of the image, turned by a right angle, elsewhere."""
+    size = max(4, round(random.uniform(0.05, 0.15) * side))
+    (top, left), (to_top, to_left) = ([int(value) for value in random.center(image, size / 2)] for _ in range(2))
+    top, left, to_top, to_left = (value - size // 2 for value in (top, left, to_top, to_left))
+    top, to_top = (min(max(0, value), image.shape[-2] - size) for value in (top, to_top))
+    left, to_left = (min(max(0, value), image.shape[-1] - size) for value in (left, to_left))
+    changed, mask = image.clone(), torch.zeros_like(image[0], dtype=torch.bool)
+    piece = image[:, top : top + size, left : left + size].rot90(1, dims=(1, 2))
+    changed[:, to_top : to_top + size, to_left : to_left + size] = piece
+    mask[to_top : to_top + size, to_left : to_left + size] = True
+    return changed, mask
+
+
+def _line(image: torch.Tensor, random: _Random, side: float) -> Drawing:
+    """Draw a straight line, darker or lighter than what is below."""
+    row, column = random.center(image, 0.15 * side)
+    angle, half_length = random.uniform(0, math.pi), random.uniform(0.08, 0.25) * side
+    half_width = random.uniform(0.004, 0.012) * side
+    rows = torch.arange(image.shape[-2], device=image.device)[:, None] - row
+    columns = torch.arange(image.shape[-1], device=image.device)[None, :] - column
+    along = rows * math.sin(angle) + columns * math.cos(angle)
+    across = rows * math.cos(angle) - columns * math.sin(angle)
+    mask = (along.abs() <= half_length) & (across.abs() <= max(half_width, 0.5))
+    return image + random.sign() * random.uniform(0.7, 2.0) * mask, mask
+
+
+def _swirl(image: torch.Tensor, random: _Random, side: float) -> Drawing:
+    """Turn the inside of a disc, most in its middle."""
+    radius = random.uniform(0.06, 0.16) * side
+    center = random.center(image, radius)
+    distance = _distance(image, center)
+    angle = random.sign() * random.uniform(1.5, 3.0) * (1 - distance / radius).clamp(min=0)
+    rows = torch.arange(image.shape[-2], device=image.device)[:, None] - center[0]
+    columns = torch.arange(image.shape[-1], device=image.device)[None, :] - center[1]
+    from_row = center[0] + rows * angle.cos() - columns * angle.sin()
+    from_column = center[1] + rows * angle.sin() + columns * angle.cos()
+    height, width = image.shape[-2:]
+    grid = torch.stack([2 * from_column / (width - 1) - 1, 2 * from_row / (height - 1) - 1], dim=-1)
+    sampled = F.grid_sample(image[None], grid[None], mode="bilinear", padding_mode="border", align_corners=True)[0]
+    mask = distance < radius
+    return torch.where(mask, sampled, image), mask
+
+
+def _smoothed(image: torch.Tensor, random: _Random, side: float) -> Drawing:
+    """Smooth the inside of a disc, so that its structure is lost."""
+    radius = random.uniform(0.05, 0.14) * side
+    mask = _distance(image, random.center(image, radius)) < radius
+    reach = max(1, round(radius / 3))
+    padded = F.pad(image[None], (reach, reach, reach, reach), mode="replicate")
+    return torch.where(mask, F.avg_pool2d(padded, 2 * reach + 1, stride=1)[0], image), mask
+
+
+def _stain(image: torch.Tensor, random: _Random, side: float) -> Drawing:
+    """Colour a disc with a soft edge."""
+    radius = random.uniform(0.04, 0.14) * side
+    opacity = (2 * (1 - _distance(image, random.center(image, radius)) / radius)).clamp(0, 1)
+    mask = opacity > 0.3  # where it is fainter, it ends
+    tint = [random.sign() * random.uniform(0.3, 1.2) for _ in range(image.shape[0])]
+    return image + mask * opacity * torch.tensor(tint, device=image.device)[:, None, None], mask
+
+
+_KINDS: tuple[Callable[[torch.Tensor, _Random, float], Drawing], ...] = (
+    _turned_piece,
+    _line,
+    _swirl,
+    _smoothed,
+    _stain,
+)
+
+
+def draw_test_defects(images: torch.Tensor, seed: int = 0) -> DrawnDefects:
+    """Draw a defect on each image, the five kinds in turn.
+
+    Args:
+        images (torch.Tensor): Normal images of about unit standard deviation, ``[N, C, H, W]``.
+        seed (int): The same seed gives the same defects. Defaults to ``0``.
+
+    Returns:
+        DrawnDefects: The images with defects, and the masks.
+    """
+    drawn, masks = [], []
+    side = float(min(images.shape[-2:]))
+    for index, image in enumerate(images):
+        random = _Random(seed + index)
+        drawings = [_KINDS[index % len(_KINDS)](image, random, side) for _ in range(_PLACES)]
+        visibility = torch.stack([((changed - image).abs().mean(dim=0) * mask).sum() for changed, mask in drawings])
+        changed, mask = drawings[int(visibility.argmax())]
+        drawn.append(changed)
+        masks.append(mask)
+    return DrawnDefects(torch.stack(drawn), torch.stack(masks))
+
+
+@torch.no_grad()
+def drawn_defect_auroc(score: nn.Module, normal: torch.Tensor, drawn: DrawnDefects) -> tuple[float, float]:
+    """Measure how well drawn defects are told from what is normal.
+
+    Args:
+        score (nn.Module): Takes images ``[1, C, H, W]`` and returns anomalib's ``InferenceBatch``.
+        normal (torch.Tensor): Normal images ``[N, C, H, W]`` that have not been trained on.
+        drawn (DrawnDefects): The same images with defects; both as ``score`` takes them.
+
+    Returns:
+        tuple[float, float]: AUROC of the pixels, and of the images.
+    """
+    predictions = [score(image) for image in torch.cat([normal, drawn.images]).split(1)]
+    maps = torch.cat([prediction.anomaly_map[:, 0] for prediction in predictions])
+    scores = torch.cat([prediction.pred_score.flatten() for prediction in predictions])
+    masks = torch.cat([torch.zeros_like(drawn.masks), drawn.masks])
+    labels = torch.arange(len(scores), device=scores.device) >= len(normal)
+    thinned = (slice(None), slice(None, None, _PIXEL_STEP), slice(None, None, _PIXEL_STEP))
+    # Ranks are all that counts; torchmetrics takes values beyond [0, 1] for logits and saturates them.
+    pixels = maps[thinned] / maps.amax().clamp(min=torch.finfo(maps.dtype).tiny)
+    images = scores / scores.amax().clamp(min=torch.finfo(scores.dtype).tiny)
+    return (
+        float(binary_auroc(pixels.flatten(), masks[thinned].flatten().long())),
+        float(binary_auroc(images, labels.long())),
+    )
