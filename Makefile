@@ -45,7 +45,7 @@ bench-train: $(STAMP) ## Train several ways and draw pixel AUROC against seconds
 	    --settings benchmarks/time_to_accuracy.yaml --output runs/time_to_accuracy_$(notdir $(DATA:.yaml=))
 
 bench-settings: $(STAMP) ## Rank settings by drawn defects and by the test images, in runs/ (the same variables)
-	$(BIN)/python benchmarks/train.py --data $(DATA) --seeds $(SEEDS) --base "$(BASE)" --synthetic \
+	$(BIN)/python benchmarks/train.py --data $(DATA) --seeds $(SEEDS) --base "$(BASE)" --holdout 0.15 \
 	    --settings benchmarks/settings.yaml --output runs/settings_$(notdir $(DATA:.yaml=))
 
 bench-scoring: $(STAMP) ## Train once and score in many ways, in runs/ (the same variables)

@@ -3,9 +3,9 @@
 
 """Train once, then score in many ways: strides, bank, place of a patch, scales, smoothing, and the image's score.
 
-Each way is one step away from the defaults. A line of ``<output>.csv`` holds pixel and image AUROC on defects that
-anomalib draws on held-back normal images (``val_``, the label-free criterion) and on the test images. Pixels are
-compared on every second row and column. Nothing is trained anew, so ways compare exactly.
+Each way is one step away from the defaults. A line of ``<output>.csv`` holds pixel and image AUROC on defects drawn on
+normal images that were held back (``drawn_``, the label-free figure) and on the test images. Pixels are compared on
+every second row and column. Nothing is trained anew, so ways compare exactly.
 
 Example:
     ``python benchmarks/scoring.py --data configs/data/mvtec_ad.yaml --seeds 0 1 2 --output runs/scoring_bottle``
@@ -15,7 +15,8 @@ import argparse
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from train import append, make_datamodule
 
 from anomalib_pedenet.anomaly_map import Combination, combine_maps, scores_to_map
+from anomalib_pedenet.criterion import draw_test_defects
 from anomalib_pedenet.patches import BASE_STRIDE
 from anomalib_pedenet.position import WEIGHTS, PositionEncoding, choose_weight, measure_alignment
 from anomalib_pedenet.scorers import NearestNeighborScorer
@@ -92,21 +94,32 @@ class Embedded(NamedTuple):
 
 
 @torch.no_grad()
-def embed(model: Pedenet, batches: Iterable[Batch]) -> Embedded:
+def embed(model: Pedenet, images: torch.Tensor, masks: torch.Tensor) -> Embedded:
+    """Embed pre-processed images ``[N, 3, H, W]`` with masks ``[N, H, W]``, empty where there is no defect."""
+    grids = []
+    for image in model.model.standardize(images).split(1):
+        embedded = model.model.embedding_network.embed_dense(image, BASE_STRIDE)
+        grids.append({size: grid.half() for size, grid in embedded.items()})
+    return Embedded(grids, masks, masks.flatten(1).any(dim=1))
+
+
+def embed_all(model: Pedenet, batches: Iterable[Batch]) -> Embedded:
     """Embed all images of a loader."""
-    grids, masks, labels = [], [], []
+    parts = []
     for batch in batches:
-        for image in model.model.standardize(model.pre_processor.transform(batch.image)).split(1):
-            embedded = model.model.embedding_network.embed_dense(image, BASE_STRIDE)
-            grids.append({size: grid.half() for size, grid in embedded.items()})
-        side = image.shape[-2:]
-        empty = torch.zeros(len(batch.image), *side, dtype=torch.bool)
-        mask = empty if batch.gt_mask is None else batch.gt_mask.reshape(len(batch.image), *batch.gt_mask.shape[-2:])
-        if mask.shape[-2:] != side:
-            mask = torch.nn.functional.interpolate(mask[:, None].float(), side, mode="nearest")[:, 0]
-        masks.append(mask.bool())
-        labels.append(batch.gt_label)
-    return Embedded(grids, torch.cat(masks), torch.cat(labels))
+        images = model.pre_processor.transform(batch.image)
+        masks = torch.zeros(len(images), 1, *images.shape[-2:])
+        if batch.gt_mask is not None:
+            masks = batch.gt_mask.reshape(len(images), 1, *batch.gt_mask.shape[-2:]).float()
+            masks = torch.nn.functional.interpolate(masks, images.shape[-2:], mode="nearest")
+        parts.append(embed(model, images, masks[:, 0].bool()))
+    return join(parts)
+
+
+def join(parts: Sequence[Embedded]) -> Embedded:
+    """Join several sets of images."""
+    grids, masks, labels = zip(*parts, strict=True)
+    return Embedded(list(chain.from_iterable(grids)), torch.cat(masks), torch.cat(labels))
 
 
 def at_stride(images: Embedded, size: int, stride: int) -> Iterator[torch.Tensor]:
@@ -160,9 +173,9 @@ def measure(way: Way, maps: torch.Tensor, images: Embedded) -> dict[str, float]:
 
 
 def train(options: argparse.Namespace, seed: int) -> tuple[Embedded, Embedded, Embedded]:
-    """Train on four fifths of the normal images; return them, the rest with drawn defects, and the test images."""
+    """Train; return the normal images trained on, those held back without and with a defect, and the test images."""
     seed_everything(seed)
-    model = Pedenet(**options.base, evaluator=False, visualizer=False)
+    model = Pedenet(**{"holdout": options.holdout} | options.base, evaluator=False, visualizer=False)
     datamodule = make_datamodule(options)
     with tempfile.TemporaryDirectory() as results:
         engine = Engine(
@@ -170,13 +183,13 @@ def train(options: argparse.Namespace, seed: int) -> tuple[Embedded, Embedded, E
         )
         engine.fit(model, datamodule=datamodule)
     model.eval()
-    loaders = (
-        torch.utils.data.DataLoader(datamodule.train_data, batch_size=8, collate_fn=datamodule.train_data.collate_fn),
-        datamodule.val_dataloader(),
-        datamodule.test_dataloader(),
-    )
-    normal, validation, test = (embed(model, loader) for loader in loaders)
-    return normal, validation, test
+    held_back = model._held_back  # noqa: SLF001 - what the training has chosen
+    data = torch.utils.data.Subset(datamodule.train_data, held_back.trained_on)
+    normal = embed_all(model, torch.utils.data.DataLoader(data, collate_fn=datamodule.train_data.collate_fn))
+    drawn = draw_test_defects(model.model.standardize(held_back.normal))
+    images = drawn.images * model.model.input_std + model.model.input_mean
+    without = embed(model, held_back.normal, torch.zeros_like(drawn.masks))
+    return normal, join([without, embed(model, images, drawn.masks)]), embed_all(model, datamodule.test_dataloader())
 
 
 def main() -> None:
@@ -187,12 +200,12 @@ def main() -> None:
     parser.add_argument("--category", help="category, instead of the configuration's")
     parser.add_argument("--base", type=yaml.safe_load, default={}, help="arguments of Pedenet, YAML")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--holdout", type=float, default=0.15, help="part of the normal images to hold back")
     parser.add_argument("--output", default="scoring", help="path of the CSV file, without ending")
     options = parser.parse_args()
-    options.synthetic = True
 
     for seed in options.seeds:
-        normal, validation, test = train(options, seed)
+        normal, held_back, test = train(options, seed)
         image_size = tuple(test.masks.shape[1:])
         for size in sorted(normal.grids[0]):
             alignments = measure_alignment(evenly_spread(normal, size, 8), image_size, 8)
@@ -203,7 +216,7 @@ def main() -> None:
         for name, way in WAYS.items():
             row: dict[str, Any] = {"data": options.category or options.data.stem, "way": name, "seed": seed}
             start = time.monotonic()
-            for prefix, images in (("val_", validation), ("", test)):
+            for prefix, images in (("drawn_", held_back), ("", test)):
                 maps = anomaly_maps(way, normal, images)
                 row |= {f"{prefix}{metric}": value for metric, value in measure(way, maps, images).items()}
             row["seconds"] = round(time.monotonic() - start, 1)

@@ -59,10 +59,11 @@ def test_training_without_defective_images_keeps_the_best_epoch(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--data.root", str(dataset_root / "stripes"), "--data.num_workers", "0", "--data.train_batch_size", "2"]
+    options += ["--data.test_split_ratio", "0.2", "--model.holdout", "0.25"]  # of six images
     AnomalibCLI(["train", "--config", str(CONFIGS / "label_free.yaml"), *SHORT, *options])
     (checkpoint,) = tmp_path.rglob("model.ckpt")
     states = torch.load(checkpoint, weights_only=True)["callbacks"].values()
-    (best,) = [state for state in states if state.get("monitor") == "val_pixel_AUROC"]
+    (best,) = [state for state in states if state.get("monitor") == "drawn_pixel_AUROC" and "best_model_path" in state]
     assert Path(best["best_model_path"]).name == "model.ckpt"
     assert 0 <= best["best_model_score"] <= 1
 
