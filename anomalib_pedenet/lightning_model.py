@@ -138,8 +138,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             Defaults to ``1024``.
         color_shift (float): Standard deviation of the random colour shift of each view and channel, in units of the
             normalised images (whose standard deviation is about 1). Defaults to ``0.1``.
-        noise (float): Standard deviation of the random noise of each view's pixels, likewise: embeddings learn to look
-            at what is larger than pixels. Defaults to ``0.3``.
+        noise (float): Standard deviation of the random noise of each view's pixels, likewise. Defaults to ``0.1``.
         learning_rate (float): Adam's learning rate, the peak of the one-cycle schedule. Defaults to ``1e-3``.
         lr_schedule (str): ``"one_cycle"`` or ``"constant"`` (the paper's). Defaults to ``"one_cycle"``.
         lambda_den (float): Weight lambda_1 of the density loss L_DEN. Too large a weight makes all embeddings equal
@@ -206,7 +205,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         patches_per_step: int = 1024,
         pairs_per_step: int = 1024,
         color_shift: float = 0.1,
-        noise: float = 0.3,
+        noise: float = 0.1,
         learning_rate: float = 1e-3,
         lr_schedule: LearningRateSchedule = "one_cycle",
         lambda_den: float = 1e-4,

@@ -196,7 +196,7 @@ def gather_embeddings(grid: torch.Tensor, positions: torch.Tensor, stride: int) 
     return rows.index_select(0, indices.flatten()).unflatten(0, indices.shape)
 
 
-def disturb(images: torch.Tensor, color_shift: float = 0.1, noise: float = 0.3) -> torch.Tensor:
+def disturb(images: torch.Tensor, color_shift: float = 0.1, noise: float = 0.1) -> torch.Tensor:
     """Give each image its own colour shift and its own noise.
 
     Without it, location prediction learns from what a camera adds to a whole image instead of from its content: the
@@ -206,7 +206,7 @@ def disturb(images: torch.Tensor, color_shift: float = 0.1, noise: float = 0.3) 
         images (torch.Tensor): ``[N, C, H, W]`` images or patches, normalised to about unit variance.
         color_shift (float): Standard deviation of the shift of each image and channel, in units of the images'
             standard deviation. Defaults to ``0.1``.
-        noise (float): Standard deviation of the noise of each pixel and channel, likewise. Defaults to ``0.3``.
+        noise (float): Standard deviation of the noise of each pixel and channel, likewise. Defaults to ``0.1``.
 
     Returns:
         torch.Tensor: Disturbed images, as the input in shape and type.

@@ -54,7 +54,7 @@ def sample_dense(
     num_patches: int = 1024,
     num_pairs: int = 1024,
     color_shift: float = 0.1,
-    noise: float = 0.3,
+    noise: float = 0.1,
     with_defects: bool = False,
 ) -> dict[int, EmbeddingSample]:
     """Embed random crops densely and draw patches and pairs from the result.
@@ -123,7 +123,7 @@ def sample_patches(
     num_patches: int = 128,
     num_pairs: int = 36,
     color_shift: float = 0.1,
-    noise: float = 0.3,
+    noise: float = 0.1,
 ) -> dict[int, EmbeddingSample]:
     """Cut random patches and pairs of neighbouring patches and embed each by itself, as the paper does.
 
