@@ -55,10 +55,16 @@ class _Random:
         return self.uniform(margin, height - margin), self.uniform(margin, width - margin)
 
 
-def _distance(image: torch.Tensor, center: tuple[float, float]) -> torch.Tensor:
-    """Return each pixel's distance to a point, ``[H, W]``."""
+def _offsets(image: torch.Tensor, center: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how far each row ``[H, 1]`` and column ``[1, W]`` lies from a point."""
     rows = torch.arange(image.shape[-2], device=image.device)[:, None] - center[0]
     columns = torch.arange(image.shape[-1], device=image.device)[None, :] - center[1]
+    return rows, columns
+
+
+def _distance(image: torch.Tensor, center: tuple[float, float]) -> torch.Tensor:
+    """Return each pixel's distance to a point, ``[H, W]``."""
+    rows, columns = _offsets(image, center)
     return torch.hypot(rows.float(), columns.float())
 
 
@@ -78,11 +84,9 @@ def _turned_piece(image: torch.Tensor, random: _Random, side: float) -> Drawing:
 
 def _line(image: torch.Tensor, random: _Random, side: float) -> Drawing:
     """Draw a straight line, darker or lighter than what is below."""
-    row, column = random.center(image, 0.15 * side)
+    rows, columns = _offsets(image, random.center(image, 0.15 * side))
     angle, half_length = random.uniform(0, math.pi), random.uniform(0.08, 0.25) * side
     half_width = random.uniform(0.004, 0.012) * side
-    rows = torch.arange(image.shape[-2], device=image.device)[:, None] - row
-    columns = torch.arange(image.shape[-1], device=image.device)[None, :] - column
     along = rows * math.sin(angle) + columns * math.cos(angle)
     across = rows * math.cos(angle) - columns * math.sin(angle)
     mask = (along.abs() <= half_length) & (across.abs() <= max(half_width, 0.5))
@@ -95,8 +99,7 @@ def _swirl(image: torch.Tensor, random: _Random, side: float) -> Drawing:
     center = random.center(image, radius)
     distance = _distance(image, center)
     angle = random.sign() * random.uniform(1.5, 3.0) * (1 - distance / radius).clamp(min=0)
-    rows = torch.arange(image.shape[-2], device=image.device)[:, None] - center[0]
-    columns = torch.arange(image.shape[-1], device=image.device)[None, :] - center[1]
+    rows, columns = _offsets(image, center)
     from_row = center[0] + rows * angle.cos() - columns * angle.sin()
     from_column = center[1] + rows * angle.sin() + columns * angle.cos()
     height, width = image.shape[-2:]
@@ -133,11 +136,13 @@ _KINDS: tuple[Callable[[torch.Tensor, _Random, float], Drawing], ...] = (
 )
 
 
-def draw_test_defects(images: torch.Tensor, seed: int = 0) -> DrawnDefects:
+def draw_test_defects(images: torch.Tensor, unit: float | torch.Tensor = 1.0, seed: int = 0) -> DrawnDefects:
     """Draw a defect on each image, the five kinds in turn.
 
     Args:
-        images (torch.Tensor): Normal images of about unit standard deviation, ``[N, C, H, W]``.
+        images (torch.Tensor): Normal images ``[N, C, H, W]``.
+        unit (float | torch.Tensor): Standard deviation of such images, by which lines and stains are made strong
+            enough. Defaults to ``1.0``.
         seed (int): The same seed gives the same defects. Defaults to ``0``.
 
     Returns:
@@ -145,12 +150,12 @@ def draw_test_defects(images: torch.Tensor, seed: int = 0) -> DrawnDefects:
     """
     drawn, masks = [], []
     side = float(min(images.shape[-2:]))
-    for index, image in enumerate(images):
+    for index, image in enumerate(images / unit):
         random = _Random(seed + index)
         drawings = [_KINDS[index % len(_KINDS)](image, random, side) for _ in range(_PLACES)]
         visibility = torch.stack([((changed - image).abs().mean(dim=0) * mask).sum() for changed, mask in drawings])
         changed, mask = drawings[int(visibility.argmax())]
-        drawn.append(changed)
+        drawn.append(torch.where(mask, changed * unit, images[index]))
         masks.append(mask)
     return DrawnDefects(torch.stack(drawn), torch.stack(masks))
 

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from anomalib_pedenet.anomaly_map import Combination
 from anomalib_pedenet.criterion import draw_test_defects, drawn_defect_auroc
 from anomalib_pedenet.image_pool import ImagePool
-from anomalib_pedenet.loss import DensityLossType, PedenetLoss, synthetic_weight
+from anomalib_pedenet.loss import DensityLossType, PedenetLoss
 from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.patches import BASE_STRIDE, PATCH_SIZE, SUB_PATCH_SIZE, minimum_training_size
 from anomalib_pedenet.sampling import EmbeddingSample, sample_dense, sample_patches
@@ -543,7 +543,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             self.trainer.precision_plugin.forward_context(),  # as the images will be scored
         ):
             weights = self.model.fit_position_weights(self._sample_of_normal_images(_POSITION_IMAGES), bank_stride)
-            images = self._normal_images()
+            images = self._normal_images(self._trained_on)
             progress = tqdm(images, "Building the memory bank", len(images), disable=not self.trainer.is_global_zero)
             self.model.fit(progress, stride=bank_stride)
         self.model.train(was_training)
@@ -551,23 +551,27 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         self._is_fitted = torch.tensor([True], device=self.device)
         self._is_bank_stale = False
 
-    def _normal_images(self, indices: Sequence[int] | None = None) -> "_NormalImages":
-        """Return pre-processed training images, all not held back by default, one by one and without augmentation."""
-        if indices is None and self._held_back is not None:
-            indices = self._held_back.trained_on
+    @property
+    def _trained_on(self) -> Sequence[int]:
+        """Positions in the training set of the images that are not held back."""
+        if self._held_back is not None:
+            return self._held_back.trained_on
+        return range(len(self.trainer.train_dataloader.dataset))
+
+    def _normal_images(self, indices: Sequence[int]) -> "_NormalImages":
+        """Return pre-processed training images, one by one and without augmentation."""
         return _NormalImages(self.trainer.train_dataloader, self.pre_processor, self.device, indices)
 
     def _sample_of_normal_images(self, limit: int) -> torch.Tensor:
         """Return at most ``limit`` pre-processed images ``[N, 3, H, W]`` from all over those that are trained on."""
-        num_images = len(self.trainer.train_dataloader.dataset)
-        indices = list(range(num_images)) if self._held_back is None else self._held_back.trained_on
+        indices = self._trained_on
         chosen = torch.linspace(0, len(indices) - 1, min(len(indices), limit)).long().tolist()
         return torch.cat(list(self._normal_images([indices[position] for position in chosen])))
 
     # ----------------------------------------------------------------------------------------- label-free criterion
 
     def _hold_back(self) -> None:
-        """Choose the images to hold back, evenly spread over the training set, and draw a defect on each.
+        """Choose the images to hold back, evenly spread over the training set, and read them.
 
         Raises:
             ValueError: If there are too few training images, or their batches do not say which images they hold.
@@ -598,10 +602,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         super().on_validation_epoch_end()
         if self._held_back is None:
             return
-        # Drawn in units of the images' standard deviation, scored from the pre-processed images.
         normal = self._held_back.normal.to(self.device)
-        drawn = draw_test_defects(self.model.standardize(normal))
-        drawn = drawn._replace(images=drawn.images * self.model.input_std + self.model.input_mean)
+        drawn = draw_test_defects(normal, unit=self.model.input_std)
         pixel, image = drawn_defect_auroc(self.model, normal, drawn)
         self.log_dict({"drawn_pixel_AUROC": pixel, "drawn_image_AUROC": image}, prog_bar=True, batch_size=1)
         logger.info(
@@ -630,7 +632,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
                 "defects counted %.2f in the end (at most lambda_syn, %g); spread of the embeddings %.2f.",
                 size,
                 100 * self._last_metrics[f"lp_accuracy_{size}"],
-                self.hparams.lambda_syn * (synthetic_weight(location) if self.hparams.lambda_lpn > 0 else 1.0),
+                self.loss.effective_lambda_syn(location),
                 self.hparams.lambda_syn,
                 self._last_metrics[f"spread_{size}"],
             )
@@ -911,7 +913,7 @@ class _NormalImages:
         loader (DataLoader): The training loader.
         pre_processor (PreProcessor | None): Pre-processor, whose transform is applied.
         device (torch.device): Device of the images.
-        indices (Sequence[int] | None): Images to take; all by default.
+        indices (Sequence[int]): Positions in the data set of the images to take.
     """
 
     def __init__(
@@ -919,13 +921,12 @@ class _NormalImages:
         loader: DataLoader,
         pre_processor: PreProcessor | None,
         device: torch.device,
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int],
     ) -> None:
         dataset = copy.copy(loader.dataset)  # the training goes on with the loader's own
         if hasattr(dataset, "augmentations"):
             dataset.augmentations = None
-        subset = dataset if indices is None else Subset(dataset, list(indices))
-        self.loader = DataLoader(subset, batch_size=1, collate_fn=loader.collate_fn)
+        self.loader = DataLoader(Subset(dataset, indices), batch_size=1, collate_fn=loader.collate_fn)
         self.transform = getattr(pre_processor, "transform", None)
         self.device = device
         self.paths: list[str] = []

@@ -183,6 +183,17 @@ class PedenetLoss(nn.Module):
         self.min_std = min_std
         self.lambda_syn = lambda_syn
 
+    def effective_lambda_syn(self, location: torch.Tensor) -> float | torch.Tensor:
+        """Return the weight that L_syn has beside a location prediction loss.
+
+        Args:
+            location (torch.Tensor): L_LPN of the step in nats, scalar.
+
+        Returns:
+            float | torch.Tensor: ``lambda_syn`` times :func:`synthetic_weight`, or ``lambda_syn`` if L_LPN is left out.
+        """
+        return self.lambda_syn * (synthetic_weight(location) if self.lambda_lpn > 0 else 1.0)
+
     def forward(
         self,
         embeddings: torch.Tensor,
@@ -228,11 +239,10 @@ class PedenetLoss(nn.Module):
                 msg = "lambda_syn is above 0, but there are no drawn defects: pass defect_logits and defect_labels."
                 raise ValueError(msg)
             synthetic = defect_loss(defect_logits.float(), defect_labels)
-        lambda_syn = self.lambda_syn * (synthetic_weight(location) if self.lambda_lpn > 0 else 1.0)
         total = (
             self.lambda_lpn * location
             + density_scale * (self.lambda_den * density + self.lambda_reg * regularization)
             + self.lambda_var * variance
-            + lambda_syn * synthetic
+            + self.effective_lambda_syn(location) * synthetic
         )
         return LossTerms(total, density, location, regularization, variance, synthetic)

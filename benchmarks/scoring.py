@@ -186,10 +186,13 @@ def train(options: argparse.Namespace, seed: int) -> tuple[Embedded, Embedded, E
     held_back = model._held_back  # noqa: SLF001 - what the training has chosen
     data = torch.utils.data.Subset(datamodule.train_data, held_back.trained_on)
     normal = embed_all(model, torch.utils.data.DataLoader(data, collate_fn=datamodule.train_data.collate_fn))
-    drawn = draw_test_defects(model.model.standardize(held_back.normal))
-    images = drawn.images * model.model.input_std + model.model.input_mean
+    drawn = draw_test_defects(held_back.normal, unit=model.model.input_std)
     without = embed(model, held_back.normal, torch.zeros_like(drawn.masks))
-    return normal, join([without, embed(model, images, drawn.masks)]), embed_all(model, datamodule.test_dataloader())
+    return (
+        normal,
+        join([without, embed(model, drawn.images, drawn.masks)]),
+        embed_all(model, datamodule.test_dataloader()),
+    )
 
 
 def main() -> None:

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 import yaml
-from anomalib.data import get_datamodule
 from anomalib.engine import Engine
 from anomalib.models import Pedenet
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from train import make_datamodule
 
 WARM_UP, PROFILED = 20, 10
 
@@ -88,9 +88,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     seed_everything(0)
     watch = Watch(options.steps)
     model = Pedenet(**options.set | {"max_steps": watch.num_steps, "bank_size": 100, "visualizer": False})
-    config = yaml.safe_load(options.data.read_text(encoding="utf-8"))
-    if options.root is not None:
-        config["init_args"]["root"] = str(options.root)
     with tempfile.TemporaryDirectory() as results:
         engine = Engine(
             default_root_dir=results,
@@ -100,7 +97,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             accelerator=options.accelerator,
             limit_val_batches=0,
         )
-        engine.fit(model, datamodule=get_datamodule(config))
+        engine.fit(model, datamodule=make_datamodule(options))
         device = engine.trainer.strategy.root_device
     dtype = torch.bfloat16 if model._uses_bfloat16 else torch.float32  # noqa: SLF001 - what "auto" chose
     low, median, high = statistics.quantiles(watch.seconds, n=4)
@@ -130,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--data", type=Path, required=True, help="configuration of a data module, see configs/data")
     parser.add_argument("--root", type=Path, help="root of the data set, instead of the configuration's")
+    parser.add_argument("--category", help="category, instead of the configuration's")
     parser.add_argument("--set", type=yaml.safe_load, default={}, help="arguments of Pedenet, YAML")
     parser.add_argument("--steps", type=int, default=60, help="steps to time (default: %(default)s)")
     parser.add_argument("--accelerator", default="auto")

@@ -3,7 +3,7 @@
 
 """Train Pedenet with one or more settings and seeds, and write what each run reached and cost as lines of CSV.
 
-Lines are appended to ``<output>.csv``, one for each run: AUROC on the validation and test images, and the seconds of
+Lines are appended to ``<output>.csv``, one for each run: AUROC on the test images, and the seconds of
 the training, its memory bank included. Runs that the file has already are left out, so that an interrupted benchmark
 goes on when repeated. With ``--curve`` the training is validated after each epoch, and ``<output>_curve.csv`` has a
 line for each validation: the seconds of training so far, without the validations before, and AUROC.
@@ -72,11 +72,7 @@ class Curve(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what the epoch has logged."""
         del pl_module
-        self.logged = {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith(("lp_accuracy", "spread", "loss"))
-        }
+        self.logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name in LOGGED}
 
 
 def make_datamodule(options: argparse.Namespace) -> AnomalibDataModule:

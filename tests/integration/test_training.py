@@ -35,6 +35,18 @@ SMALL = {
 }
 
 
+class PoolRecorder(Pedenet):
+    """Notes how many images each step's crops are drawn from."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401
+        super().__init__(**options)
+        self.pool_sizes: list[int] = []
+
+    def _joint_loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self.pool_sizes.append(len(images))
+        return super()._joint_loss(images)
+
+
 def train(datamodule: MVTecAD, root: Path, model: Pedenet, *callbacks: Callback, **trainer: Any) -> Engine:  # noqa: ANN401
     engine = Engine(default_root_dir=root, callbacks=list(callbacks), enable_progress_bar=False, **trainer)
     engine.fit(model, datamodule=datamodule)
@@ -162,15 +174,9 @@ def test_a_training_is_three_epochs_unless_the_trainer_says_less(
 
 def test_crops_come_from_all_images_decoded_so_far(datamodule: MVTecAD, tmp_path: Path) -> None:
     """The data module delivers batches of three of its six images."""
-    sizes = []
-
-    class Recorder(Pedenet):
-        def _joint_loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            sizes.append(len(images))
-            return super()._joint_loss(images)
-
-    train(datamodule, tmp_path, Recorder(**SMALL, max_steps=12))
-    assert sizes == [3] * 3 + [6] * 9
+    model = PoolRecorder(**SMALL, max_steps=12)
+    train(datamodule, tmp_path, model)
+    assert model.pool_sizes == [3] * 3 + [6] * 9
 
 
 def test_the_log_says_how_far_the_training_is(
@@ -196,22 +202,15 @@ def test_every_term_is_logged(datamodule: MVTecAD, tmp_path: Path) -> None:
 
 
 def test_held_back_images_are_neither_trained_on_nor_in_the_bank(datamodule: MVTecAD, tmp_path: Path) -> None:
-    pooled = []
-
-    class Recorder(Pedenet):
-        def _joint_loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            pooled.append(len(images))
-            return super()._joint_loss(images)
-
     options = {**SMALL, "scored_sizes": [64], "bank_size": 10_000}
-    banks = []
+    banks, largest_pools = [], []
     for holdout in (0.0, 0.34):
-        model = Recorder(**options, max_steps=12, holdout=holdout)
+        model = PoolRecorder(**options, max_steps=12, holdout=holdout)
         train(datamodule, tmp_path / str(holdout), model)
         banks.append(len(model.model.scorers["64"].bank))
+        largest_pools.append(max(model.pool_sizes))
     assert banks[1] * 6 == banks[0] * 4  # two of six images are held back
-    assert max(pooled[:12]) == 6
-    assert max(pooled[12:]) == 4
+    assert largest_pools == [6, 4]
 
 
 def test_the_best_checkpoint_and_early_stopping_by_drawn_defects(
