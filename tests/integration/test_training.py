@@ -254,16 +254,10 @@ def test_collapse_is_said_once_with_its_remedy(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model = Pedenet(
-        **SMALL,
-        max_steps=40,
-        lambda_den=10.0,
-        lambda_lpn=0.0,
-        lambda_syn=0.0,
-        lambda_var=0.0,
-        density_warmup=0.0,
-        learning_rate=1e-2,
-    )
+    # Planted in the weights: whether a loss collapses within a few steps depends on the processor's rounding.
+    model = Pedenet(**SMALL, max_steps=8, learning_rate=1e-6)
+    for encoder in (model.model.embedding_network.small_encoder, model.model.embedding_network.large_encoder):
+        torch.nn.init.zeros_(encoder[-2].weight)
     with caplog.at_level(logging.WARNING, logger="anomalib_pedenet"):
         train(datamodule, tmp_path, model, limit_val_batches=0)
     (warning,) = [record.getMessage() for record in caplog.records if "collapsed" in record.getMessage()]
