@@ -41,6 +41,7 @@ from anomalib_pedenet.image_pool import ImagePool
 from anomalib_pedenet.loss import DensityLossType, PedenetLoss
 from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.patches import BASE_STRIDE, PATCH_SIZE, SUB_PATCH_SIZE, minimum_training_size
+from anomalib_pedenet.post_processor import PedenetPostProcessor
 from anomalib_pedenet.sampling import EmbeddingSample, sample_dense, sample_patches
 from anomalib_pedenet.torch_model import PedenetModel
 
@@ -283,6 +284,10 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
     def learning_type(self) -> LearningType:
         """Learning type: one-class, from normal images only."""
         return LearningType.ONE_CLASS
+
+    def configure_post_processor(self) -> PostProcessor:
+        """Return the default post-processor, anomalib's but for keeping the order of scores."""
+        return PedenetPostProcessor()
 
     # ------------------------------------------------------------------------------------------------------ training
 
