@@ -5,6 +5,7 @@ WORKERS ?= 2
 DATA ?= configs/data/mvtec_ad.yaml
 BASE ?= {}
 SEEDS ?= 0
+SETTINGS ?= benchmarks/time_to_accuracy.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -40,9 +41,9 @@ format: $(STAMP) ## Rewrite the files in the project's style
 demo: $(STAMP) ## Run the demo
 	$(BIN)/python examples/demo.py
 
-bench-train: $(STAMP) ## Train several ways and draw pixel AUROC against seconds, in runs/ (DATA=... a data module, BASE=... arguments, SEEDS="0 1 2")
+bench-train: $(STAMP) ## Train in several ways (SETTINGS=...) and draw pixel AUROC against seconds, in runs/ (DATA=... a data module, BASE=... arguments, SEEDS="0 1 2")
 	$(BIN)/python benchmarks/train.py --data $(DATA) --seeds $(SEEDS) --base "$(BASE)" --plot \
-	    --settings benchmarks/time_to_accuracy.yaml --output runs/time_to_accuracy_$(notdir $(DATA:.yaml=))
+	    --settings $(SETTINGS) --output runs/$(basename $(notdir $(SETTINGS)))_$(basename $(notdir $(DATA)))
 
 bench-settings: $(STAMP) ## Rank settings by drawn defects and by the test images, in runs/ (the same variables)
 	$(BIN)/python benchmarks/train.py --data $(DATA) --seeds $(SEEDS) --base "$(BASE)" --holdout 0.15 \

@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from anomalib_pedenet import Pedenet
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BASE = "{max_steps: 4, image_size: [144, 160], crops_per_step: 1, bank_size: 300}"
 
@@ -31,6 +33,12 @@ def run(script: str, *arguments: str) -> str:
     command = [sys.executable, str(BENCHMARKS / script), *arguments]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_settings_are_arguments_of_the_model(path: Path) -> None:
+    for name, arguments in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        assert Pedenet(**arguments).hparams.items() >= arguments.items(), name
 
 
 def test_settings_are_ranked_by_drawn_defects_and_a_benchmark_goes_on(data: list[str], tmp_path: Path) -> None:
