@@ -1,0 +1,127 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the arguments of ``Pedenet`` may be."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from anomalib_pedenet.anomaly_map import Combination
+from anomalib_pedenet.loss import DensityLossType
+from anomalib_pedenet.mixture import CovarianceType
+from anomalib_pedenet.patches import BASE_STRIDE, PATCH_SIZE, SUB_PATCH_SIZE, minimum_training_size
+
+TrainingMode = Literal["dense", "patchwise"]
+LearningRateSchedule = Literal["one_cycle", "constant"]
+TrainPrecision = Literal["auto", "float32", "bfloat16"]
+
+
+def validate(hparams: Mapping[str, Any]) -> None:
+    """Check the hyper-parameters.
+
+    Args:
+        hparams (Mapping[str, Any]): Arguments of ``Pedenet`` by name.
+
+    Raises:
+        ValueError: If one is outside its range.
+    """
+    if hparams["pre_trained"]:
+        msg = "pre_trained must be False: Pedenet is trained from scratch and has no weights to load."
+        raise ValueError(msg)
+    choices = {
+        "combination": get_args(Combination),
+        "training_mode": get_args(TrainingMode),
+        "lr_schedule": get_args(LearningRateSchedule),
+        "density_loss": get_args(DensityLossType),
+        "covariance_type": get_args(CovarianceType),
+        "train_precision": get_args(TrainPrecision),
+    }
+    for name, allowed in choices.items():
+        if hparams[name] not in allowed:
+            msg = f"{name} must be one of {', '.join(map(repr, allowed))}, got {hparams[name]!r}."
+            raise ValueError(msg)
+
+    at_least_one = (
+        "bank_size",
+        "embedding_dim",
+        "num_components",
+        "max_steps",
+        "crops_per_step",
+        "pairs_per_step",
+    )
+    at_least_zero = (
+        "color_shift",
+        "noise",
+        "lambda_den",
+        "lambda_lpn",
+        "lambda_reg",
+        "lambda_var",
+        "lambda_syn",
+        "min_std",
+        "covariance_jitter",
+        "bank_seed",
+    )
+    for names, limit in ((at_least_one, 1), (at_least_zero, 0), (("patches_per_step",), 2)):
+        for name in names:
+            if hparams[name] < limit:
+                msg = f"{name} must be at least {limit}, got {hparams[name]}."
+                raise ValueError(msg)
+    if hparams["position_weight"] != "auto" and not 0 <= hparams["position_weight"] < math.inf:
+        msg = f"position_weight must be 'auto' or a finite number of at least 0, got {hparams['position_weight']}."
+        raise ValueError(msg)
+    if not 0 <= hparams["holdout"] <= 0.5:
+        msg = f"holdout must be a fraction of the training images from 0 to 0.5, got {hparams['holdout']}."
+        raise ValueError(msg)
+    if hparams["learning_rate"] <= 0:
+        msg = f"learning_rate must be above 0, got {hparams['learning_rate']}."
+        raise ValueError(msg)
+    if not 0 <= hparams["density_warmup"] <= 1:
+        msg = f"density_warmup must be a fraction of the training from 0 to 1, got {hparams['density_warmup']}."
+        raise ValueError(msg)
+    if hparams["lambda_den"] == hparams["lambda_lpn"] == hparams["lambda_syn"] == 0:
+        msg = "lambda_den, lambda_lpn and lambda_syn are all 0, so there is nothing to learn: set one of them above 0."
+        raise ValueError(msg)
+    if hparams["training_mode"] == "patchwise" and hparams["lambda_syn"] > 0:
+        msg = "Defects are drawn in dense training only: set lambda_syn to 0 for training_mode 'patchwise'."
+        raise ValueError(msg)
+    if hparams["steps_per_image"] is not None and hparams["steps_per_image"] < 1:
+        msg = f"steps_per_image must be at least 1, or None to choose it, got {hparams['steps_per_image']}."
+        raise ValueError(msg)
+    if hparams["cache_gib"] <= 0:
+        msg = f"cache_gib must be above 0, got {hparams['cache_gib']}."
+        raise ValueError(msg)
+
+    _validate_sizes(hparams)
+
+
+def _validate_sizes(hparams: Mapping[str, Any]) -> None:
+    """Check the hyper-parameters that are sizes in pixels.
+
+    Raises:
+        ValueError: If one is outside its range.
+    """
+    sizes = list(hparams["patch_sizes"])
+    if not sizes or len(set(sizes)) < len(sizes) or not set(sizes) <= {SUB_PATCH_SIZE, PATCH_SIZE}:
+        msg = f"patch_sizes must be [{SUB_PATCH_SIZE}], [{PATCH_SIZE}] or both, got {sizes}."
+        raise ValueError(msg)
+    scored = [min(sizes)] if hparams["scored_sizes"] is None else list(hparams["scored_sizes"])
+    if not scored or len(set(scored)) < len(scored) or not set(scored) <= set(sizes):
+        msg = f"scored_sizes must be one or more of patch_sizes ({sizes}), or None, got {scored}."
+        raise ValueError(msg)
+    for name in ("stride", "bank_stride"):
+        if not BASE_STRIDE <= hparams[name] <= min(scored) or hparams[name] % BASE_STRIDE:
+            msg = (
+                f"{name} must be a multiple of {BASE_STRIDE} px from {BASE_STRIDE} to the smallest scored patch size "
+                f"({min(scored)}), got {hparams[name]}."
+            )
+            raise ValueError(msg)
+    smallest = minimum_training_size(max(sizes))
+    for name, sides in (("image_size", tuple(hparams["image_size"])), ("crop_size", (hparams["crop_size"],))):
+        if min(sides) < smallest:
+            remedy = f"patch_sizes=[{SUB_PATCH_SIZE}] needs only {minimum_training_size(SUB_PATCH_SIZE)} px."
+            msg = (
+                f"{name} must be at least {smallest} px a side, to hold a pair of neighbouring {max(sizes)}-px "
+                f"patches, got {hparams[name]}. {remedy if max(sizes) == PATCH_SIZE else 'Choose a larger one.'}"
+            )
+            raise ValueError(msg)
