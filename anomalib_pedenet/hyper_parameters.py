@@ -46,9 +46,9 @@ def validate(hparams: Mapping[str, Any]) -> None:
         "bank_size",
         "embedding_dim",
         "num_components",
-        "max_steps",
         "crops_per_step",
         "pairs_per_step",
+        *(() if hparams["max_steps"] is None else ("max_steps",)),
     )
     at_least_zero = (
         "color_shift",
