@@ -56,7 +56,7 @@ MIN_TRAINING_IMAGES = 2
 # Their statistics are those of the training set to a percent or so, and take a second to read.
 _STANDARDIZATION_IMAGES = 64
 
-# Enough to tell aligned parts from unaligned ones; about as many patches as the default memory bank has rows.
+# Enough to tell aligned parts from unaligned ones: 27,000 patches of 256x256 images.
 _POSITION_IMAGES = 32
 
 _MAX_HELD_BACK = 32
@@ -118,7 +118,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         combination (str): How the maps of two scales become one: ``"product"`` (geometric mean) or ``"mean"``.
             Defaults to ``"product"``.
         bank_size (int): Largest number of rows of each scale's memory bank, a uniform subset of the embeddings of all
-            training images. Memory, export size and search time grow with it. Defaults to ``20_000``.
+            training images. Memory, export size and search time grow with it. Defaults to ``50_000``.
         bank_stride (int): Distance in pixels between the patches of the training images that may enter the bank, a
             multiple of 2. Defaults to ``8``.
         bank_seed (int): Seed of the bank's subset. Defaults to ``0``.
@@ -202,7 +202,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         scored_sizes: Sequence[int] | None = None,
         stride: int = 8,
         combination: Combination = "product",
-        bank_size: int = 20_000,
+        bank_size: int = 50_000,
         bank_stride: int = 8,
         bank_seed: int = 0,
         position_weight: float | Literal["auto"] = "auto",

@@ -39,7 +39,7 @@ class PedenetModel(nn.Module):
             Defaults to ``8``.
         combination (Combination): How the maps of two scales become one, see
             :func:`anomalib_pedenet.anomaly_map.combine_maps`. Defaults to ``"product"``.
-        bank_size (int): Largest number of rows of each scale's memory bank. Defaults to ``20_000``.
+        bank_size (int): Largest number of rows of each scale's memory bank. Defaults to ``50_000``.
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         num_components (int): Number K of mixture components of the DE network. Defaults to ``10``.
         seed (int): Seed of the memory bank's subset. Defaults to ``0``.
@@ -69,7 +69,7 @@ class PedenetModel(nn.Module):
         scored_sizes: Sequence[int] | None = None,
         stride: int = 8,
         combination: Combination = "product",
-        bank_size: int = 20_000,
+        bank_size: int = 50_000,
         embedding_dim: int = 64,
         num_components: int = 10,
         seed: int = 0,

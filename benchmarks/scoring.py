@@ -58,7 +58,7 @@ class Way(NamedTuple):
     normalized: bool = True
     stride: int = 8
     bank_stride: int = 8
-    bank_size: int = 20_000
+    bank_size: int = 50_000
     position: float | None = None
     smoothing: float = 0.0
     top_share: float = 0.0
@@ -68,7 +68,7 @@ WAYS = {
     "defaults": Way(),
     **{f"stride {stride}": Way(stride=stride) for stride in (2, 4, 16, 32)},
     **{f"bank_stride {stride}": Way(bank_stride=stride) for stride in (2, 4, 16, 32)},
-    **{f"bank_size {size}": Way(bank_size=size) for size in (200, 1_000, 5_000, 50_000)},
+    **{f"bank_size {size}": Way(bank_size=size) for size in (200, 1_000, 5_000, 20_000, 100_000)},
     **{f"position_weight {weight}": Way(position=weight) for weight in (0.0, 4.0, 8.0, 16.0, 32.0, 64.0)},
     "64 px": Way(sizes=(64,)),
     "32 and 64 px, product": Way(sizes=(32, 64)),

@@ -70,7 +70,7 @@ class NearestNeighborScorer(Scorer):
 
     Args:
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
-        bank_size (int): Largest number of rows of the bank. Defaults to ``20_000``.
+        bank_size (int): Largest number of rows of the bank. Defaults to ``50_000``.
         seed (int): Seed of the subset. Defaults to ``0``.
 
     Raises:
@@ -88,7 +88,7 @@ class NearestNeighborScorer(Scorer):
     half_norms: torch.Tensor
     mean: torch.Tensor
 
-    def __init__(self, embedding_dim: int = 64, bank_size: int = 20_000, seed: int = 0) -> None:
+    def __init__(self, embedding_dim: int = 64, bank_size: int = 50_000, seed: int = 0) -> None:
         super().__init__()
         if bank_size < 1:
             msg = f"bank_size must be at least 1 row, got {bank_size}."
