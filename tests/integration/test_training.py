@@ -192,26 +192,25 @@ def test_a_training_is_longer_where_location_prediction_has_hardly_learned(
     assert all("36 steps instead of 18" in message for message in said)
 
 
-def test_a_given_length_and_the_trainers_limits_stand_where_nothing_is_learned(
-    datamodule: MVTecAD,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def nothing_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make trainings 20 steps long, and no accuracy enough to keep them so."""
     monkeypatch.setattr(lightning_model, "_STEPS", 20)
     monkeypatch.setattr(lightning_model, "_LEARNED_ACCURACY", 1.01)
+
+
+@pytest.mark.usefixtures("nothing_is_learned")
+def test_a_given_length_and_the_trainers_limits_stand_where_nothing_is_learned(
+    datamodule: MVTecAD, tmp_path: Path
+) -> None:
     given = train(datamodule, tmp_path / "given", Pedenet(**SMALL, max_steps=12))
     assert given.trainer.global_step == 12
     limited = train(datamodule, tmp_path / "limited", Pedenet(**SMALL), max_steps=25)
     assert limited.trainer.global_step == 25
 
 
-def test_a_resumed_training_keeps_the_length_that_was_chosen(
-    datamodule: MVTecAD,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(lightning_model, "_STEPS", 20)
-    monkeypatch.setattr(lightning_model, "_LEARNED_ACCURACY", 1.01)
+@pytest.mark.usefixtures("nothing_is_learned")
+def test_a_resumed_training_keeps_the_length_that_was_chosen(datamodule: MVTecAD, tmp_path: Path) -> None:
     engine = train(datamodule, tmp_path / "first", Pedenet(**SMALL), max_epochs=5)  # of 6 steps each
     assert engine.trainer.global_step == 30
     rates = Rates()
