@@ -11,6 +11,7 @@ from anomalib_pedenet.anomaly_map import Combination
 from anomalib_pedenet.loss import DensityLossType
 from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.patches import BASE_STRIDE, PATCH_SIZE, SUB_PATCH_SIZE, minimum_training_size
+from anomalib_pedenet.scorers import Coreset
 
 TrainingMode = Literal["dense", "patchwise"]
 LearningRateSchedule = Literal["one_cycle", "constant"]
@@ -31,6 +32,7 @@ def validate(hparams: Mapping[str, Any]) -> None:
         raise ValueError(msg)
     choices = {
         "combination": get_args(Combination),
+        "coreset": get_args(Coreset),
         "training_mode": get_args(TrainingMode),
         "lr_schedule": get_args(LearningRateSchedule),
         "density_loss": get_args(DensityLossType),

@@ -44,6 +44,7 @@ from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.post_processor import PedenetPostProcessor
 from anomalib_pedenet.sampling import EmbeddingSample, sample_dense, sample_patches
+from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.torch_model import PedenetModel
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,13 @@ _MAX_HELD_BACK = 32
 # Entry of a checkpoint: the length of the training, which a resumed one takes up.
 _TARGET_STEPS = "pedenet_target_steps"
 
+# Entry of a checkpoint: the scorer whose state it holds; and that of models and checkpoints that name none.
+_SCORER = "pedenet_scorer"
+_SCORER_NAME = "exact"
+
 # State that is fitted with the memory bank.
-_FITTED = ("model.scorers.", "model.position_encodings.")
+_SCORER_STATE = "model.scorers."
+_FITTED = (_SCORER_STATE, "model.position_encodings.")
 
 # Length of a training whose `max_steps` is left to the model, and how many times longer it is on surfaces.
 _STEPS = 1500
@@ -117,11 +123,19 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             slower and finer. May be changed for a trained checkpoint. Defaults to ``8``.
         combination (str): How the maps of two scales become one: ``"product"`` (geometric mean) or ``"mean"``.
             Defaults to ``"product"``.
-        bank_size (int): Largest number of rows of each scale's memory bank, a uniform subset of the embeddings of all
-            training images. Memory, export size and search time grow with it. Defaults to ``50_000``.
+        scorer (str | dict | None): How embeddings are compared with normal ones. Nearest neighbour: ``"exact"``,
+            ``"local"`` (same place of the image only), or with faiss ``"faiss_flat"``, ``"faiss_ivf"``,
+            ``"faiss_hnsw"``, ``"faiss_pq"``. Other detectors: ``"density"`` (the DE network's mixture),
+            ``"mahalanobis"`` (a Gaussian for each place), ``"ocsvm"``, ``"svdd"``. With arguments: a ``class_path`` (a
+            name, or the path of a subclass of ``anomalib_pedenet.scorers.Scorer``) and ``init_args``. ``None`` for a
+            loaded checkpoint's, else ``"exact"``. Defaults to ``None``.
+        bank_size (int): Largest number of rows of each scale's memory bank, chosen from the embeddings of all training
+            images. Memory, export size and search time grow with it. Defaults to ``50_000``.
+        coreset (str): How the bank's rows are chosen: ``"uniform"`` (at random), ``"k_center"`` (greedily far apart, as
+            PatchCore) or ``"k_means"`` (centroids). The latter two are for small banks. Defaults to ``"uniform"``.
         bank_stride (int): Distance in pixels between the patches of the training images that may enter the bank, a
             multiple of 2. Defaults to ``8``.
-        bank_seed (int): Seed of the bank's subset. Defaults to ``0``.
+        bank_seed (int): Seed of the bank and of other scorers. Defaults to ``0``.
         position_weight (float | str): How much a patch's distance from the place of a normal patch counts when the two
             are compared, per length of the image's longer side. ``0`` compares with patches from anywhere (unaligned
             parts, surfaces), ``32`` with those of nearly the same place (aligned parts). ``"auto"`` chooses from the
@@ -202,7 +216,9 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         scored_sizes: Sequence[int] | None = None,
         stride: int = 8,
         combination: Combination = "product",
+        scorer: str | dict[str, Any] | None = None,
         bank_size: int = 50_000,
+        coreset: Coreset = "uniform",
         bank_stride: int = 8,
         bank_seed: int = 0,
         position_weight: float | Literal["auto"] = "auto",
@@ -254,7 +270,9 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             scored_sizes=scored_sizes,
             stride=stride,
             combination=combination,
+            scorer=scorer or _SCORER_NAME,
             bank_size=bank_size,
+            coreset=coreset,
             embedding_dim=embedding_dim,
             num_components=num_components,
             seed=bank_seed,
@@ -277,6 +295,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         self.automatic_optimization = False
         self._target_steps = self._usual_steps
         self._planned_steps = self._target_steps
+        self._scorer: str | dict[str, Any] = scorer or _SCORER_NAME
         self._pool: ImagePool | None = None
         self._held_back: _HeldBack | None = None
         self._last_metrics: dict[str, torch.Tensor] = {}  # means over the latest batch's steps
@@ -621,7 +640,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             progress = tqdm(images, "Building the memory bank", len(images), disable=not self.trainer.is_global_zero)
             self.model.fit(progress, stride=bank_stride)
         self.model.train(was_training)
-        logger.info("Weight of a patch's position: %s.", ", ".join(f"{w:g} at {s} px" for s, w in weights.items()))
+        if any(scorer.encodes_position for scorer in self.model.scorers.values()):
+            logger.info("Weight of a patch's position: %s.", ", ".join(f"{w:g} at {s} px" for s, w in weights.items()))
         self._is_fitted = torch.tensor([True], device=self.device)
         self._is_bank_stale = False
 
@@ -630,11 +650,29 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         """Positions in the training set of the images that are not held back."""
         if self._held_back is not None:
             return self._held_back.trained_on
-        return range(len(self.trainer.train_dataloader.dataset))
+        return range(len(self._train_loader().dataset))
+
+    def _train_loader(self) -> DataLoader:
+        """Return the loader of the training images, outside a training too.
+
+        Raises:
+            RuntimeError: If there is none.
+        """
+        loader = self.trainer.train_dataloader
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if loader is None and datamodule is not None and getattr(datamodule, "train_data", None) is not None:
+            loader = datamodule.train_dataloader()
+        if loader is None:
+            msg = (
+                "The memory bank has to be built, since the checkpoint has another scorer, but there are no training "
+                "images: pass the data module of the training, or keep the checkpoint's scorer."
+            )
+            raise RuntimeError(msg)
+        return loader
 
     def _normal_images(self, indices: Sequence[int]) -> "_NormalImages":
         """Return pre-processed training images, one by one and without augmentation."""
-        return _NormalImages(self.trainer.train_dataloader, self.pre_processor, self.device, indices)
+        return _NormalImages(self._train_loader(), self.pre_processor, self.device, indices)
 
     def _sample_of_normal_images(self, limit: int) -> torch.Tensor:
         """Return at most ``limit`` pre-processed images ``[N, 3, H, W]`` from all over those that are trained on."""
@@ -692,6 +730,14 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         """Rebuild the memory bank if training went on since it was built."""
         self._refresh_bank()
 
+    def on_test_start(self) -> None:
+        """Build the memory bank if a checkpoint was loaded that has another scorer."""
+        self._refresh_bank()
+
+    def on_predict_start(self) -> None:
+        """Build the memory bank if a checkpoint was loaded that has another scorer."""
+        self._refresh_bank()
+
     def on_train_epoch_end(self) -> None:
         """Do nothing: the mixin would build the bank here once and never again."""
 
@@ -724,6 +770,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         """
         super().on_save_checkpoint(checkpoint)
         checkpoint[_TARGET_STEPS] = self._target_steps
+        checkpoint[_SCORER] = self._scorer
         if self._is_bank_stale:
             self.fit()
             bank = {name: value for name, value in self.state_dict().items() if name.startswith(_FITTED)}
@@ -731,6 +778,9 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint fits this model, before its weights are loaded, and plan its schedule anew.
+
+        A checkpoint that was saved with another scorer gives its networks only: the memory bank is then built from the
+        training images before anything is scored.
 
         Args:
             checkpoint (dict[str, Any]): Loaded checkpoint.
@@ -758,6 +808,27 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
                     "hyper-parameters from the checkpoint."
                 )
                 raise ValueError(msg)
+        self._take_scorer(checkpoint)
+
+    def _take_scorer(self, checkpoint: dict[str, Any]) -> None:
+        """Take the scorer of a checkpoint; or, if another one was asked for, only its networks."""
+        theirs = checkpoint.get(_SCORER, _SCORER_NAME)
+        if theirs == self._scorer:
+            return
+        if self.hparams.scorer is None:
+            self._scorer = theirs
+            self.model.set_scorer(theirs)
+            return
+        ours = {name: value for name, value in self.state_dict().items() if name.startswith(_SCORER_STATE)}
+        kept = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(_SCORER_STATE)}
+        checkpoint["state_dict"] = kept | ours
+        self._is_bank_stale = True
+        logger.warning(
+            "The checkpoint was saved with the scorer %r, and this model has %r: its memory bank is built anew from "
+            "the training images. Thresholds are the other scorer's until the next validation.",
+            theirs,
+            self._scorer,
+        )
 
     @classmethod
     def load_from_checkpoint(
@@ -827,6 +898,21 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         """
         self.model.check_is_fitted()
         return super().to_torch(export_root, model_file_name)
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - of the mixin
+        """Export to ONNX, on the way to OpenVINO too; see ``ExportMixin.to_onnx``.
+
+        Raises:
+            ValueError: If the scorer cannot be part of a graph.
+        """
+        for scorer in self.model.scorers.values():
+            if not scorer.exportable:
+                msg = (
+                    f"The scorer {self._scorer!r} searches outside the graph and cannot be exported to ONNX or "
+                    "OpenVINO: train with the scorer 'exact', or load the checkpoint with it and validate once."
+                )
+                raise ValueError(msg)
+        return super().to_onnx(*args, **kwargs)
 
 
 def _check_finite(batch: Batch) -> None:

@@ -8,8 +8,8 @@ Data flows one way: images -> embeddings (:mod:`anomalib_pedenet.networks`) -> p
 very graph that is exported.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from anomalib.data import InferenceBatch
@@ -25,7 +25,7 @@ from anomalib_pedenet.networks import (
 )
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.position import PositionEncoding, choose_weight
-from anomalib_pedenet.scorers import NearestNeighborScorer
+from anomalib_pedenet.scorers import Coreset, make_scorer, scorer_class
 
 
 class PedenetModel(nn.Module):
@@ -39,10 +39,14 @@ class PedenetModel(nn.Module):
             Defaults to ``8``.
         combination (Combination): How the maps of two scales become one, see
             :func:`anomalib_pedenet.anomaly_map.combine_maps`. Defaults to ``"product"``.
-        bank_size (int): Largest number of rows of each scale's memory bank. Defaults to ``50_000``.
+        scorer (str | Mapping[str, Any]): Scorer of each scale, see :func:`anomalib_pedenet.scorers.make_scorer`.
+            Defaults to ``"exact"``.
+        bank_size (int): Largest number of rows of each scale's memory bank, for scorers that have one.
+            Defaults to ``50_000``.
+        coreset (Coreset): How they are chosen, see :mod:`anomalib_pedenet.scorers.coreset`. Defaults to ``"uniform"``.
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         num_components (int): Number K of mixture components of the DE network. Defaults to ``10``.
-        seed (int): Seed of the memory bank's subset. Defaults to ``0``.
+        seed (int): Seed of the scorers. Defaults to ``0``.
         position_weight (float | Literal["auto"]): Weight of a patch's position in its distance to normal ones, or
             ``"auto"`` to choose it from normal images, see :mod:`anomalib_pedenet.position`. Defaults to ``"auto"``.
         batch_norm (bool): Whether the small encoder has batch normalisation. Defaults to ``True``.
@@ -69,7 +73,9 @@ class PedenetModel(nn.Module):
         scored_sizes: Sequence[int] | None = None,
         stride: int = 8,
         combination: Combination = "product",
+        scorer: str | Mapping[str, Any] = "exact",
         bank_size: int = 50_000,
+        coreset: Coreset = "uniform",
         embedding_dim: int = 64,
         num_components: int = 10,
         seed: int = 0,
@@ -83,6 +89,8 @@ class PedenetModel(nn.Module):
         self.stride = stride
         self.combination = combination
         self.bank_size = bank_size
+        self.coreset: Coreset = coreset
+        self.seed = seed
         self.position_weight = position_weight
         self.tiler: Tiler | None = None
 
@@ -103,11 +111,34 @@ class PedenetModel(nn.Module):
         self.defect_networks = nn.ModuleDict(
             {str(size): DefectPredictionNetwork(embedding_dim) for size in self.patch_sizes if defect_prediction},
         )
-        self.scorers = nn.ModuleDict(
-            {str(size): NearestNeighborScorer(embedding_dim + 2, bank_size, seed) for size in self.scored_sizes},
-        )
+        self.embedding_dim = embedding_dim
+        self.set_scorer(scorer)
         weight = 0.0 if position_weight == "auto" else position_weight
         self.position_encodings = nn.ModuleDict({str(size): PositionEncoding(weight) for size in self.scored_sizes})
+
+    def set_scorer(self, scorer: str | Mapping[str, Any]) -> None:
+        """Take another scorer, not fitted, at every scale.
+
+        Args:
+            scorer (str | Mapping[str, Any]): See :func:`anomalib_pedenet.scorers.make_scorer`.
+
+        Raises:
+            ValueError: If the scorer is unknown, or has other arguments.
+            ImportError: If it needs a library that is not installed.
+        """
+        self.scorers = nn.ModuleDict(
+            {
+                str(size): make_scorer(
+                    scorer,
+                    embedding_dim=self.embedding_dim + 2 * scorer_class(scorer).encodes_position,
+                    bank_size=self.bank_size,
+                    coreset=self.coreset,
+                    seed=self.seed,
+                    density_network=self.density_networks[str(size)],
+                )
+                for size in self.scored_sizes
+            },
+        )
 
     @property
     def is_fitted(self) -> bool:
@@ -115,10 +146,10 @@ class PedenetModel(nn.Module):
         return all(scorer.is_fitted for scorer in self.scorers.values())
 
     def check_is_fitted(self) -> None:
-        """Check that there is a memory bank to score with.
+        """Check that there is something to score with, a memory bank for instance.
 
         Raises:
-            RuntimeError: If there is none.
+            RuntimeError: If there is not.
         """
         if not self.is_fitted:
             msg = (
@@ -155,19 +186,25 @@ class PedenetModel(nn.Module):
 
         Args:
             batches (Iterable[torch.Tensor]): Pre-processed normal images ``[B, 3, H, W]``.
-            stride (int | None): Distance between the patches taken from them, in pixels. Defaults to the model's.
+            stride (int | None): Distance between the patches taken from them, in pixels. Defaults to the model's, which
+                scorers that go ``by_place`` always have.
 
         Raises:
-            ValueError: If there are no images, or an embedding is not finite.
+            ValueError: If there are no images, an embedding is not finite, or a scorer goes ``by_place`` and a tiler is
+                set.
         """
+        if self._goes_by_place:
+            stride = self.stride
+            if self.tiler is not None:
+                msg = "Tiles have no place in the image, by which this scorer goes: turn tiling off, or use 'exact'."
+                raise ValueError(msg)
         stride = stride or self.stride
         for scorer in self.scorers.values():
             scorer.reset()
         for images in batches:
             tiles = self._tile(images)
             for size, grid in self._embed(tiles, stride).items():
-                encoded = self.position_encodings[str(size)](grid, tiles.shape[-2:], stride)
-                self.scorers[str(size)].update(encoded.flatten(2).transpose(1, 2).flatten(0, 1))  # [B * h * w, Z + 2]
+                self.scorers[str(size)].update(self._arrange(grid, size, tiles, stride))
         for scorer in self.scorers.values():
             scorer.finalize()
 
@@ -176,7 +213,7 @@ class PedenetModel(nn.Module):
         """Choose each scale's weight of the position from normal images, unless the weight is given.
 
         Call it before :meth:`fit`, with images from all over the training set. Tiles have no position in the image, so
-        with a tiler the weights stay 0.
+        with a tiler the weights stay 0, as with scorers that make no use of them.
 
         Args:
             images (torch.Tensor): Pre-processed normal images ``[B, 3, H, W]``, two or more.
@@ -189,7 +226,7 @@ class PedenetModel(nn.Module):
         if self.position_weight == "auto":
             for encoding in self.position_encodings.values():
                 encoding.weight.zero_()
-            if self.tiler is None:
+            if self.tiler is None and self._encodes_position:
                 for size, grids in self._embed(images, stride).items():
                     weight = choose_weight(grids, tuple(images.shape[-2:]), stride)
                     self.position_encodings[str(size)].weight.fill_(weight)
@@ -203,7 +240,8 @@ class PedenetModel(nn.Module):
 
         Returns:
             InferenceBatch: ``anomaly_map [B, 1, H, W]``, the mean score of the patches covering each pixel, in units
-                of a normal patch's typical score, and ``pred_score [B]``, its maximum. Both are detached.
+                of a normal patch's typical score, and ``pred_score [B]``, its maximum (times a weight, if the scorer
+                has one for images). Both are detached.
 
         Raises:
             RuntimeError: If the memory bank is empty.
@@ -212,16 +250,35 @@ class PedenetModel(nn.Module):
         self.check_is_fitted()
         with torch.no_grad():
             tiles = self._tile(images)
-            maps = []
+            maps, weights = [], []
             for size, grid in self._embed(tiles, self.stride).items():
                 scorer = self.scorers[str(size)]
-                encoded = self.position_encodings[str(size)](grid, tiles.shape[-2:], self.stride)
-                distances = scorer(encoded.flatten(2).transpose(1, 2)).unflatten(1, grid.shape[-2:])  # [B, h, w]
-                maps.append(scores_to_map(distances / scorer.typical_score, tiles.shape[-2:], size, self.stride))
+                embeddings = self._arrange(grid, size, tiles, self.stride)
+                scores = scorer(embeddings)  # [B, h, w]
+                maps.append(scores_to_map(scores / scorer.typical_score, tiles.shape[-2:], size, self.stride))
+                weights.append(scorer.image_weights(embeddings, scores) if self.tiler is None else None)
             anomaly_map = combine_maps(maps, self.combination)
             if self.tiler is not None:
                 anomaly_map = self.tiler.untile(anomaly_map)
-            return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
+            pred_score = anomaly_map.amax(dim=(1, 2, 3))
+            given = [weight for weight in weights if weight is not None]
+            if given:
+                pred_score = pred_score * torch.stack(given).mean(dim=0)
+            return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
+
+    @property
+    def _goes_by_place(self) -> bool:
+        return any(scorer.by_place for scorer in self.scorers.values())
+
+    @property
+    def _encodes_position(self) -> bool:
+        return any(scorer.encodes_position for scorer in self.scorers.values())
+
+    def _arrange(self, grid: torch.Tensor, size: int, images: torch.Tensor, stride: int) -> torch.Tensor:
+        """Arrange the embeddings ``[B, Z, h, w]`` of images as their scorer takes them, ``[B, h, w, Z or Z + 2]``."""
+        if self.scorers[str(size)].encodes_position:
+            grid = self.position_encodings[str(size)](grid, images.shape[-2:], stride)
+        return grid.permute(0, 2, 3, 1)
 
     def _embed(self, images: torch.Tensor, stride: int) -> dict[int, torch.Tensor]:
         """Return the embeddings ``[B, Z, h, w]`` of all patches of pre-processed images, for each scored size."""

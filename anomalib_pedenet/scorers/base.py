@@ -19,18 +19,33 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
     was fitted before stays in use until ``finalize``, so an interrupted fit loses nothing. What is learned lives in
     buffers: it goes into checkpoints, follows ``.to(device)``, and loads whatever its size.
 
+    A subclass defines ``_reset``, ``_update``, ``_finalize``, ``is_fitted`` and ``forward``.
+
+    Args:
+        embedding_dim (int): Dimension Z of the embeddings that arrive. Defaults to ``64``.
+        seed (int): Seed of whatever is random in the fit. Defaults to ``0``.
+
     Attributes:
         exportable (bool): Whether :meth:`forward` can be part of an ONNX or OpenVINO graph.
+        encodes_position (bool): Whether embeddings are to arrive with their weighted position appended, see
+            :mod:`anomalib_pedenet.position`.
+        by_place (bool): Whether it learns each place of the image by itself. Embeddings must then arrive as grids
+            ``[B, h, w, Z]``, of the same size and stride in the fit and afterwards.
         typical_score (torch.Tensor): Typical score of a normal patch, scalar; 1 before fitting. Dividing by it makes
             the scores of different scales comparable.
     """
 
-    exportable: ClassVar[bool]
+    exportable: ClassVar[bool] = True
+    encodes_position: ClassVar[bool] = False
+    by_place: ClassVar[bool] = False
     typical_score: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, embedding_dim: int = 64, seed: int = 0) -> None:
         super().__init__()
+        self.embedding_dim = embedding_dim
+        self.seed = seed
         self.register_buffer("typical_score", torch.ones(()))
+        self._num_updates: int | None = None  # of the fit under way
 
     @property
     @abstractmethod
@@ -38,44 +53,74 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
         """Whether the scorer has been fitted (or loaded from something fitted)."""
 
     @abstractmethod
-    def reset(self) -> None:
-        """Start a new fit; what was fitted before stays in use until :meth:`finalize`."""
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Score embeddings.
+
+        Args:
+            embeddings (torch.Tensor): Embeddings ``[..., Z]``; grids ``[B, h, w, Z]`` if the scorer is ``by_place``.
+
+        Returns:
+            torch.Tensor: Scores ``[...]``, float32, at least 0, higher means more abnormal.
+        """
 
     @abstractmethod
+    def _reset(self) -> None:
+        """Start a new fit."""
+
+    @abstractmethod
+    def _update(self, embeddings: torch.Tensor) -> None:
+        """Take in checked, detached float32 embeddings: ``[N, Z]``, or ``[B, h, w, Z]`` if ``by_place``."""
+
+    @abstractmethod
+    def _finalize(self) -> torch.Tensor:
+        """Put the fit to use, let go of what only the fit needed, and return a normal patch's typical score."""
+
+    def reset(self) -> None:
+        """Start a new fit; what was fitted before stays in use until :meth:`finalize`."""
+        self._num_updates = 0
+        self._reset()
+
     def update(self, embeddings: torch.Tensor) -> None:
         """Take in a batch of normal embeddings.
 
         Args:
-            embeddings (torch.Tensor): ``[N, Z]`` embeddings.
+            embeddings (torch.Tensor): Embeddings ``[..., Z]``; grids ``[B, h, w, Z]`` if the scorer is ``by_place``.
 
         Raises:
             ValueError: If the shape is wrong or a value is not finite.
+            RuntimeError: If no fit was started.
         """
+        if self._num_updates is None:
+            msg = "Call reset() before update(), to start a fit."
+            raise RuntimeError(msg)
+        self._check_shape(embeddings)
+        if not bool(torch.isfinite(embeddings).all()):
+            msg = "Embeddings of normal images are NaN or infinite; the training diverged: lower the learning_rate."
+            raise ValueError(msg)
+        if embeddings.numel():
+            embeddings = embeddings.detach().float()
+            self._update(embeddings if self.by_place else embeddings.reshape(-1, self.embedding_dim))
+            self._num_updates += 1
 
-    @abstractmethod
     def finalize(self) -> None:
         """Finish the fit and put it to use.
 
         Raises:
             ValueError: If no embeddings came in since :meth:`reset`.
         """
-
-    @abstractmethod
-    def forward(self, queries: torch.Tensor) -> torch.Tensor:
-        """Score embeddings.
-
-        Args:
-            queries (torch.Tensor): Embeddings ``[..., P, Z]``.
-
-        Returns:
-            torch.Tensor: Scores ``[..., P]``, float32, higher means more abnormal.
-        """
+        if not self._num_updates:
+            msg = "A scorer needs at least one normal embedding, got none: is the training set empty?"
+            raise ValueError(msg)
+        typical = self._finalize().to(self.typical_score)
+        is_usable = torch.isfinite(typical) & (typical > torch.finfo(typical.dtype).eps)
+        self.typical_score = torch.where(is_usable, typical, torch.ones_like(typical))
+        self._num_updates = None
 
     def fit(self, batches: Iterable[torch.Tensor]) -> None:
         """Fit on batches of normal embeddings.
 
         Args:
-            batches (Iterable[torch.Tensor]): ``[N_i, Z]`` embeddings.
+            batches (Iterable[torch.Tensor]): Embeddings ``[..., Z]``; grids ``[B, h, w, Z]`` if ``by_place``.
 
         Raises:
             ValueError: See :meth:`update` and :meth:`finalize`.
@@ -84,3 +129,28 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
         for embeddings in batches:
             self.update(embeddings)
         self.finalize()
+
+    def image_weights(self, embeddings: torch.Tensor, scores: torch.Tensor) -> torch.Tensor | None:
+        """Return factors ``[B]`` for the images' scores, or ``None`` if the scorer has none.
+
+        Args:
+            embeddings (torch.Tensor): Embeddings ``[B, h, w, Z]``.
+            scores (torch.Tensor): Their scores ``[B, h, w]``.
+
+        Returns:
+            torch.Tensor | None: Factors, or ``None``.
+        """
+        del embeddings, scores
+        return None
+
+    def _check_shape(self, embeddings: torch.Tensor) -> None:
+        """Check the shape of embeddings.
+
+        Raises:
+            ValueError: If it is wrong.
+        """
+        wanted = f"[B, h, w, {self.embedding_dim}]" if self.by_place else f"[..., {self.embedding_dim}]"
+        is_right_rank = embeddings.ndim == 4 if self.by_place else embeddings.ndim > 1
+        if not is_right_rank or embeddings.shape[-1] != self.embedding_dim:
+            msg = f"Embeddings must be {wanted}, got {tuple(embeddings.shape)}."
+            raise ValueError(msg)

@@ -6,10 +6,10 @@
 from functools import reduce
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from anomalib_pedenet.scorers.base import Scorer
+from anomalib_pedenet.scorers.coreset import BankBuilder, Coreset, make_bank_builder
 
 # Products of this many queries and rows stay in a core's cache; measured fastest among tiles of 128 to 1,024 x 2,500.
 _CPU_QUERIES, _CPU_ROWS = 256, 2_048
@@ -19,49 +19,55 @@ _CHUNK_ELEMENTS = 2**24
 _TYPICAL_ROWS = 1_024
 
 
-class UniformSubset:
-    """A uniform random subset, without replacement, of rows that stream in.
+class MemoryBankScorer(Scorer):
+    """A scorer with a memory bank of at most ``bank_size`` rows, chosen by a :class:`BankBuilder`.
 
-    Each row gets a random key and those with the smallest keys stay, in the order of arrival. Memory is bounded by the
-    subset and a batch, and the result depends neither on batch sizes nor on knowing the number of rows beforehand.
+    A subclass defines ``_set_bank``, ``is_fitted`` and ``forward``.
 
     Args:
-        size (int): Largest number of rows.
-        seed (int): Seed of the keys.
+        embedding_dim (int): Dimension Z of the embeddings that arrive. Defaults to ``64``.
+        bank_size (int): Largest number of rows of the bank. Defaults to ``50_000``.
+        coreset (Coreset): How they are chosen: ``"uniform"``, ``"k_center"`` or ``"k_means"``, see
+            :mod:`anomalib_pedenet.scorers.coreset`. Defaults to ``"uniform"``.
+        seed (int): Seed of that choice. Defaults to ``0``.
 
-    Attributes:
-        rows (torch.Tensor): The subset so far, ``[n, Z]`` on the CPU.
-        keys (np.ndarray): Its rows' keys, ``[n]`` in [0, 1).
+    Raises:
+        ValueError: If ``bank_size`` is not positive or ``coreset`` is unknown.
     """
 
-    def __init__(self, size: int, seed: int = 0) -> None:
-        self.size = size
-        self.keys = np.zeros(0)
-        self.rows = torch.zeros(0)
-        self._generator = np.random.default_rng(seed)
+    encodes_position: ClassVar[bool] = True
 
-    def update(self, rows: torch.Tensor) -> None:
-        """Take in more rows.
+    def __init__(
+        self, embedding_dim: int = 64, bank_size: int = 50_000, coreset: Coreset = "uniform", seed: int = 0
+    ) -> None:
+        super().__init__(embedding_dim, seed)
+        if bank_size < 1:
+            msg = f"bank_size must be at least 1 row, got {bank_size}."
+            raise ValueError(msg)
+        make_bank_builder(coreset, bank_size)  # an unknown name should be refused now
+        self.bank_size = bank_size
+        self.coreset: Coreset = coreset
+        self._builder: BankBuilder | None = None  # of a fit under way
 
-        Args:
-            rows (torch.Tensor): ``[N, Z]`` rows, on any device.
-        """
-        keys = self._generator.random(len(rows))
-        if len(self.keys) == self.size:  # only rows that displace one of the subset are worth copying
-            candidates = np.flatnonzero(keys < self.keys.max())
-            keys, rows = keys[candidates], rows[torch.from_numpy(candidates).to(rows.device)]
-        keys = np.concatenate([self.keys, keys])
-        rows = torch.cat([self.rows.reshape(-1, rows.shape[1]).to(rows.dtype), rows.cpu()])
-        if len(keys) > self.size:
-            kept = np.sort(np.argpartition(keys, self.size)[: self.size])
-            keys, rows = keys[kept], rows[torch.from_numpy(kept)]
-        self.keys, self.rows = keys, rows
+    def _reset(self) -> None:
+        self._builder = make_bank_builder(self.coreset, self.bank_size, self.seed)
+
+    def _update(self, embeddings: torch.Tensor) -> None:
+        if self._builder is not None:
+            self._builder.update(embeddings)
+
+    def _finalize(self) -> torch.Tensor:
+        rows = self._builder.build() if self._builder is not None else torch.zeros(0, self.embedding_dim)
+        self._builder = None
+        return self._set_bank(rows.to(self.typical_score.device))
+
+    def _set_bank(self, rows: torch.Tensor) -> torch.Tensor:
+        """Put rows ``[M, Z]`` to use as the bank and return a normal patch's typical score."""
+        raise NotImplementedError
 
 
-class NearestNeighborScorer(Scorer):
-    """Euclidean distance to the nearest normal embedding, exactly.
-
-    The bank is a :class:`UniformSubset` of the normal embeddings.
+class NearestNeighborScorer(MemoryBankScorer):
+    """Euclidean distance to the nearest normal embedding, or the mean distance to the k nearest, exactly.
 
     The search is chunked matrix arithmetic: ``min_b |q - b|^2 = |q|^2 - 2 max_b (q.b - |b|^2 / 2)``. Bank and queries
     are taken relative to the bank's mean, which keeps the cancellation in that expression small. What remains of it
@@ -71,10 +77,15 @@ class NearestNeighborScorer(Scorer):
     Args:
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         bank_size (int): Largest number of rows of the bank. Defaults to ``50_000``.
-        seed (int): Seed of the subset. Defaults to ``0``.
+        coreset (Coreset): How they are chosen, see :class:`MemoryBankScorer`. Defaults to ``"uniform"``.
+        seed (int): Seed of that choice. Defaults to ``0``.
+        num_neighbors (int): Number k of nearest rows whose mean distance is the score; all rows if the bank has fewer.
+            Defaults to ``1``.
+        reweight_neighbors (int): PatchCore's re-weighting of an image's score, with that many neighbours of the row
+            that its most abnormal patch is nearest to (PatchCore: 9); 0 for none. Defaults to ``0``.
 
     Raises:
-        ValueError: If ``bank_size`` is not positive.
+        ValueError: If an argument is outside its range.
 
     Example:
         >>> scorer = NearestNeighborScorer(embedding_dim=2)
@@ -83,82 +94,85 @@ class NearestNeighborScorer(Scorer):
         tensor([3., 0.])
     """
 
-    exportable: ClassVar[bool] = True
     bank: torch.Tensor
     half_norms: torch.Tensor
     mean: torch.Tensor
 
-    def __init__(self, embedding_dim: int = 64, bank_size: int = 50_000, seed: int = 0) -> None:
-        super().__init__()
-        if bank_size < 1:
-            msg = f"bank_size must be at least 1 row, got {bank_size}."
+    def __init__(
+        self,
+        embedding_dim: int = 64,
+        bank_size: int = 50_000,
+        coreset: Coreset = "uniform",
+        seed: int = 0,
+        num_neighbors: int = 1,
+        reweight_neighbors: int = 0,
+    ) -> None:
+        super().__init__(embedding_dim, bank_size, coreset, seed)
+        if num_neighbors < 1:
+            msg = f"num_neighbors must be at least 1, got {num_neighbors}."
             raise ValueError(msg)
-        self.bank_size = bank_size
-        self.seed = seed
+        if reweight_neighbors < 0:
+            msg = f"reweight_neighbors must be at least 0, got {reweight_neighbors}."
+            raise ValueError(msg)
+        self.num_neighbors = num_neighbors
+        self.reweight_neighbors = reweight_neighbors
         self.register_buffer("bank", torch.zeros(0, embedding_dim))  # [M, Z], relative to `mean`
         self.register_buffer("half_norms", torch.zeros(0))  # |b|^2 / 2, [M]
         self.register_buffer("mean", torch.zeros(embedding_dim))  # [Z]
-        self._subset: UniformSubset | None = None  # of a fit under way
 
     @property
     def is_fitted(self) -> bool:
         """Whether the bank has rows."""
         return len(self.bank) > 0
 
-    def reset(self) -> None:
-        """Start a new fit; the present bank stays in use until :meth:`finalize`."""
-        self._subset = UniformSubset(self.bank_size, self.seed)
-
-    def update(self, embeddings: torch.Tensor) -> None:
-        """Take in a batch of normal embeddings and keep a uniform subset of all so far.
-
-        Args:
-            embeddings (torch.Tensor): ``[N, Z]`` embeddings.
-
-        Raises:
-            ValueError: If the shape is wrong or a value is not finite.
-            RuntimeError: If no fit was started.
-        """
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.bank.shape[1]:
-            msg = f"Embeddings must be [N, {self.bank.shape[1]}], got {tuple(embeddings.shape)}."
-            raise ValueError(msg)
-        if not bool(torch.isfinite(embeddings).all()):
-            msg = "Embeddings of normal images are NaN or infinite; the training diverged: lower the learning_rate."
-            raise ValueError(msg)
-        if self._subset is None:
-            msg = "Call reset() before update(), to start a fit."
-            raise RuntimeError(msg)
-        self._subset.update(embeddings.detach().to(self.bank.dtype))
-
-    def finalize(self) -> None:
-        """Put the subset to use as the bank.
-
-        Raises:
-            ValueError: If no embeddings came in since :meth:`reset`.
-        """
-        if self._subset is None or not len(self._subset.keys):
-            msg = "The memory bank needs at least one normal embedding, got none: is the training set empty?"
-            raise ValueError(msg)
-        rows = self._subset.rows.to(self.mean)
+    def _set_bank(self, rows: torch.Tensor) -> torch.Tensor:
         self.mean = rows.mean(dim=0)
         self.bank = rows - self.mean
         self.half_norms = self.bank.square().sum(dim=1) / 2
-        self.typical_score = self._typical_score().to(self.typical_score)
-        self._subset = None
+        return self._typical_score()
 
-    def forward(self, queries: torch.Tensor) -> torch.Tensor:
-        """Return each query's distance to the nearest row of the bank.
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return each embedding's distance to the nearest row of the bank (the mean distance to the k nearest).
 
         Args:
-            queries (torch.Tensor): Embeddings ``[..., P, Z]``.
+            embeddings (torch.Tensor): Embeddings ``[..., Z]``.
 
         Returns:
-            torch.Tensor: Distances ``[..., P]`` in embedding units, float32.
+            torch.Tensor: Distances ``[...]`` in embedding units, float32.
         """
-        with torch.autocast(queries.device.type, enabled=False):
-            queries = queries.to(self.bank.dtype) - self.mean
-            chunks = [self._nearest(chunk) for chunk in queries.split(self._queries_per_chunk(queries), dim=-2)]
-            return torch.cat(chunks, dim=-1)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            queries = embeddings.to(self.bank.dtype) - self.mean
+            # The batch, which is dynamic in an exported graph, is not to be cut into chunks.
+            flat = queries.flatten(1, -2) if queries.ndim > 3 else queries
+            chunks = [self._nearest(chunk) for chunk in flat.split(self._queries_per_chunk(flat), dim=-2)]
+            return torch.cat(chunks, dim=-1).reshape(embeddings.shape[:-1])
+
+    def image_weights(self, embeddings: torch.Tensor, scores: torch.Tensor) -> torch.Tensor | None:
+        """Return PatchCore's weights of the images' scores, if ``reweight_neighbors`` asks for them.
+
+        The weight is ``1 - exp(d) / sum_b exp(d_b)``: d the distance from the image's most abnormal patch to the row
+        of the bank nearest to it, and d_b its distances to that row's nearest rows (itself included).
+
+        Args:
+            embeddings (torch.Tensor): Embeddings ``[B, h, w, Z]``.
+            scores (torch.Tensor): Their scores ``[B, h, w]``.
+
+        Returns:
+            torch.Tensor | None: Weights ``[B]`` in 0..1, or ``None``.
+
+        Reference:
+            PatchCore (Roth et al., CVPR 2022), Eqs. 6 and 7.
+        """
+        if self.reweight_neighbors == 0:
+            return None
+        queries = (embeddings.to(self.bank.dtype) - self.mean).flatten(1, 2)  # [B, P, Z]
+        worst = scores.flatten(1).argmax(dim=1)  # [B]
+        query = queries.gather(1, worst[:, None, None].expand(-1, 1, queries.shape[2]))[:, 0]  # [B, Z]
+        nearest = self.bank[(query @ self.bank.T - self.half_norms).argmax(dim=1)]  # [B, Z]
+        count = min(self.reweight_neighbors, len(self.bank))
+        support = (nearest @ self.bank.T - self.half_norms).topk(count, dim=1).indices  # [B, count], itself first
+        distances = (query[:, None] - self.bank[support]).norm(dim=2)
+        return 1 - torch.softmax(distances, dim=1)[:, 0]
 
     def _queries_per_chunk(self, queries: torch.Tensor) -> int:
         if self._tile_rows(queries) < len(self.bank):
@@ -174,24 +188,26 @@ class NearestNeighborScorer(Scorer):
         return _CPU_ROWS if queries.device.type == "cpu" and not is_exporting else max(1, len(self.bank))
 
     def _nearest(self, queries: torch.Tensor) -> torch.Tensor:
-        """Return the distances ``[..., P]`` of one chunk of centred queries ``[..., P, Z]``."""
+        """Return the scores ``[..., P]`` of one chunk of centred queries ``[..., P, Z]``."""
         tile_rows = self._tile_rows(queries)
         tiles = zip(self.bank.split(tile_rows), self.half_norms.split(tile_rows), strict=True)
-        # max_b (q.b - |b|^2 / 2), [..., P]
-        similarity = reduce(
-            torch.maximum,
-            ((queries @ rows.T - half_norms).amax(dim=-1) for rows, half_norms in tiles),
-        )
-        return (queries.square().sum(dim=-1) - 2 * similarity).clamp(min=0).sqrt()
+        similarities = (queries @ rows.T - half_norms for rows, half_norms in tiles)  # q.b - |b|^2 / 2
+        squares = queries.square().sum(dim=-1)
+        count = min(self.num_neighbors, len(self.bank))
+        if count == 1:
+            nearest = reduce(torch.maximum, (similarity.amax(dim=-1) for similarity in similarities))  # [..., P]
+            return (squares - 2 * nearest).clamp(min=0).sqrt()
+        best = torch.cat([tile.topk(min(count, tile.shape[-1]), dim=-1).values for tile in similarities], dim=-1)
+        best = best.topk(count, dim=-1).values  # [..., P, k]
+        return (squares[..., None] - 2 * best).clamp(min=0).sqrt().mean(dim=-1)
 
     def _typical_score(self) -> torch.Tensor:
-        """Return the mean distance from a row of the bank to the nearest other row (1 where that is undefined)."""
+        """Return the mean score of rows of the bank against the others (not finite where that is undefined)."""
         count = min(len(self.bank), _TYPICAL_ROWS)
         chosen = torch.linspace(0, len(self.bank) - 1, count).long().to(self.bank.device)
         queries = self.bank[chosen]
         similarity = queries @ self.bank.T - self.half_norms  # [count, M]
         similarity[torch.arange(count, device=self.bank.device), chosen] = -torch.inf
-        squared = queries.square().sum(dim=1) - 2 * similarity.amax(dim=1)
-        typical = squared.clamp(min=0).sqrt().mean()
-        is_usable = torch.isfinite(typical) & (typical > torch.finfo(typical.dtype).eps)
-        return torch.where(is_usable, typical, torch.ones_like(typical))
+        neighbors = max(1, min(self.num_neighbors, len(self.bank) - 1))
+        squared = queries.square().sum(dim=1)[:, None] - 2 * similarity.topk(neighbors, dim=1).values
+        return squared.clamp(min=0).sqrt().mean()

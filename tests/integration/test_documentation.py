@@ -60,13 +60,17 @@ def test_commands_are_accepted(command: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_code_runs(document: str, workplace: Path) -> None:
     names: dict[str, object] = {}
+    trained: object = None  # the engine of the first block, which trains
     for block in blocks(document, "python"):
         if 'path="model.xml"' in block:
-            engine = names["engine"]
-            assert isinstance(engine, Engine)
-            assert isinstance(engine.model, Pedenet)
-            exported = engine.export(engine.model, "openvino", export_root=workplace)
+            assert isinstance(trained, Engine)
+            assert isinstance(trained.model, Pedenet)
+            exported = trained.export(trained.model, "openvino", export_root=workplace)
             for path in Path(exported).parent.glob("model.*"):
                 shutil.copy(path, workplace / path.name)
+        if 'ckpt_path="model.ckpt"' in block:
+            assert isinstance(trained, Engine)
+            trained.trainer.save_checkpoint(workplace / "model.ckpt")
         # Only the length of the training is another.
         exec(block.replace("Pedenet()", "Pedenet(max_steps=4, bank_size=500)"), names)
+        trained = trained or names.get("engine")

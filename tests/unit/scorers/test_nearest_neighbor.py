@@ -1,19 +1,19 @@
 # Copyright (C) 2026 The anomalib-pedenet authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The nearest-neighbour scorer against brute force, and the contract of scorers."""
+"""The exact nearest-neighbour scorer against brute force."""
 
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 
 from anomalib_pedenet.scorers import NearestNeighborScorer
-from anomalib_pedenet.scorers.nearest_neighbor import UniformSubset
 
 
 def fitted(bank: torch.Tensor, **kwargs: int) -> NearestNeighborScorer:
@@ -63,64 +63,48 @@ def test_the_eager_and_the_exported_way_agree() -> None:
     torch.testing.assert_close(exported(queries), scorer(queries), rtol=0, atol=1e-5)
 
 
-def test_batched_fit_equals_one_shot_fit() -> None:
-    rows = torch.randn(3000, 4)
-    whole = fitted(rows, bank_size=500)
-    batched = NearestNeighborScorer(4, bank_size=500)
-    batched.fit(rows.split([1, 700, 3, 2296]))
-    assert len(whole.bank) == 500
-    torch.testing.assert_close(whole.bank, batched.bank, rtol=0, atol=0)
-
-
-def test_the_bank_is_a_seeded_uniform_subset_without_replacement() -> None:
-    rows = torch.arange(2000.0)[:, None]
-    counts = np.zeros(2000)
-    for seed in range(200):
-        subset = UniformSubset(200, seed)
-        for batch in rows.split(300):
-            subset.update(batch)
-        chosen = subset.rows.flatten().long().numpy()
-        assert len(np.unique(chosen)) == 200
-        assert (np.diff(chosen) > 0).all()  # in the order of arrival
-        counts[chosen] += 1
-    # Each row is in a tenth of the 200 subsets: 20 +- 4.2; the early and the late halves equally often.
-    assert counts.max() < 45
-    assert abs(counts[:1000].sum() - counts[1000:].sum()) / counts.sum() < 0.02
-
-
-def test_state_goes_through_a_state_dict_of_another_size() -> None:
-    scorer = fitted(torch.randn(300, 8))
-    other = fitted(torch.randn(20, 8))
-    other.load_state_dict(scorer.state_dict())
-    queries = torch.randn(50, 8)
-    torch.testing.assert_close(other(queries), scorer(queries), rtol=0, atol=0)
-    assert other.typical_score == scorer.typical_score
-
-
-def test_a_fit_that_breaks_off_loses_nothing() -> None:
-    scorer = fitted(torch.randn(300, 8))
-    before = scorer.bank.clone()
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        scorer.fit([torch.randn(10, 8), torch.full((1, 8), torch.nan)])
-    torch.testing.assert_close(scorer.bank, before, rtol=0, atol=0)
-
-
 def test_a_fitted_scorer_pickles_small() -> None:
     scorer = fitted(torch.randn(5000, 8), bank_size=100)
     assert len(pickle.dumps(scorer)) < 20_000
 
 
-def test_bad_embeddings_are_refused() -> None:
-    scorer = NearestNeighborScorer(8)
-    with pytest.raises(RuntimeError, match=r"reset\(\) before update"):
-        scorer.update(torch.zeros(1, 8))
-    scorer.reset()
-    with pytest.raises(ValueError, match=r"must be \[N, 8\], got \(3, 9\)"):
-        scorer.update(torch.zeros(3, 9))
-    with pytest.raises(ValueError, match="at least one normal embedding"):
-        scorer.finalize()
-    with pytest.raises(ValueError, match="bank_size must be at least 1 row, got 0"):
-        NearestNeighborScorer(bank_size=0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bank_size": 0}, "bank_size must be at least 1 row, got 0"),
+        ({"num_neighbors": 0}, "num_neighbors must be at least 1, got 0"),
+        ({"reweight_neighbors": -1}, "reweight_neighbors must be at least 0, got -1"),
+    ],
+)
+def test_arguments_outside_their_range_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NearestNeighborScorer(**options)
+
+
+@pytest.mark.parametrize("num_neighbors", [2, 5, 40, 5000])
+def test_several_neighbors_equal_brute_force(num_neighbors: int) -> None:
+    """In tiles and in one piece, also where there are fewer rows than neighbours."""
+    bank, queries = torch.randn(4500, 8), torch.randn(300, 8)
+    distances = np.sort(cdist(queries.numpy(), bank.numpy()), axis=1)[:, :num_neighbors]
+    scorer = fitted(bank, num_neighbors=num_neighbors)
+    expected = torch.from_numpy(distances.mean(axis=1)).float()
+    torch.testing.assert_close(scorer(queries), expected, rtol=1e-4, atol=1e-4)
+    exported = torch.export.export(scorer, (queries[None],)).module()
+    torch.testing.assert_close(exported(queries[None])[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_image_weights_are_patchcores() -> None:
+    torch.manual_seed(0)
+    bank, embeddings = torch.randn(300, 8), torch.randn(4, 5, 6, 8)
+    scorer = fitted(bank, reweight_neighbors=9)
+    patchcore = PatchcoreModel(["layer1"], "resnet18", pre_trained=False, num_neighbors=9)
+    patchcore.memory_bank = bank
+    rows = embeddings.reshape(-1, 8)
+    scores, locations = (values.reshape(4, -1) for values in patchcore.nearest_neighbors(rows, n_neighbors=1))
+    expected = patchcore.compute_anomaly_score(scores, locations, rows)
+    weights = scorer.image_weights(embeddings, scorer(embeddings))
+    torch.testing.assert_close(weights * scorer(embeddings).amax(dim=(1, 2)), expected, rtol=1e-4, atol=1e-4)
+    assert fitted(bank).image_weights(embeddings, scores) is None
 
 
 @pytest.mark.parametrize("bank", [torch.zeros(1, 4), torch.zeros(50, 4)], ids=["one row", "duplicates"])

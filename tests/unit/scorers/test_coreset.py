@@ -1,0 +1,111 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Builders of small memory banks."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+
+from anomalib_pedenet.scorers.coreset import POOL_FACTOR, Coreset, KCenterCoreset, UniformSubset, make_bank_builder
+
+every = pytest.mark.parametrize("coreset", get_args(Coreset))
+
+
+def build(coreset: str, rows: torch.Tensor, size: int, seed: int = 0, batch: int = 300) -> torch.Tensor:
+    builder = make_bank_builder(coreset, size, seed)
+    for part in rows.split(batch):
+        builder.update(part)
+    return builder.build()
+
+
+def clusters(num: int, dim: int = 8) -> torch.Tensor:
+    """Rows in ``num`` tight clusters, the first with 100 times as many as the others."""
+    torch.manual_seed(0)
+    counts = [1000] + [10] * (num - 1)
+    centers = 10 * torch.randn(num, dim)
+    return torch.cat([center + 0.01 * torch.randn(n, dim) for center, n in zip(centers, counts, strict=True)])
+
+
+@every
+def test_size_order_of_batches_and_seed(coreset: str) -> None:
+    rows = torch.randn(4000, 20)
+    bank = build(coreset, rows, 50)
+    assert bank.shape == (50, 20)
+    assert bank.dtype == torch.float32
+    torch.testing.assert_close(build(coreset, rows, 50, batch=77), bank, rtol=0, atol=0)
+    assert not torch.equal(build(coreset, rows, 50, seed=1), bank)
+
+
+@every
+@pytest.mark.parametrize("count", [1, 30, 50])
+def test_no_more_rows_than_the_size_stay_as_they_are(coreset: str, count: int) -> None:
+    rows = torch.randn(count, 20)
+    torch.testing.assert_close(build(coreset, rows, 50), rows, rtol=0, atol=0)
+
+
+@every
+def test_memory_is_bounded(coreset: str) -> None:
+    builder = make_bank_builder(coreset, 10)
+    for _ in range(20):
+        builder.update(torch.randn(1000, 3))
+    assert len(builder.rows) <= 10 * POOL_FACTOR
+
+
+@every
+def test_the_global_generator_is_left_alone(coreset: str) -> None:
+    rows = torch.randn(2000, 20)
+    before = torch.get_rng_state()
+    build(coreset, rows, 50)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_uniform_subset_is_without_replacement_and_uniform() -> None:
+    rows = torch.arange(2000.0)[:, None]
+    counts = np.zeros(2000)
+    for seed in range(200):
+        subset = UniformSubset(200, seed)
+        for batch in rows.split(300):
+            subset.update(batch)
+        chosen = subset.build().flatten().long().numpy()
+        assert len(np.unique(chosen)) == 200
+        assert (np.diff(chosen) > 0).all()  # in the order of arrival
+        counts[chosen] += 1
+    # Each row is in a tenth of the 200 subsets: 20 +- 4.2; the early and the late halves equally often.
+    assert counts.max() < 45
+    assert abs(counts[:1000].sum() - counts[1000:].sum()) / counts.sum() < 0.02
+
+
+def test_k_center_takes_one_row_of_each_cluster_however_small() -> None:
+    rows = clusters(30)
+    bank = build("k_center", rows, 60)  # the pool holds all rows
+    assert cdist(rows, bank).min(axis=1).max() < 0.1
+    assert cdist(rows, build("uniform", rows, 60)).min(axis=1).max() > 1  # which a uniform subset misses
+    assert (cdist(bank, rows).min(axis=1) == 0).all()  # rows, not means
+
+
+def test_k_center_equals_a_greedy_search_one_by_one() -> None:
+    rows = torch.randn(200, 4)  # few dimensions are not projected
+    chosen = KCenterCoreset(12, seed=3)
+    chosen.update(rows)
+    bank = chosen.build().numpy()
+    expected = [bank[0]]
+    while len(expected) < 12:
+        distances = cdist(rows.numpy(), np.stack(expected)).min(axis=1)
+        expected.append(rows[distances.argmax()].numpy())
+    np.testing.assert_array_equal(bank, np.stack(expected))
+
+
+def test_k_means_has_a_smaller_error_than_rows() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(3000, 6)
+    error = {name: (cdist(rows, build(name, rows, 150)).min(axis=1) ** 2).mean() for name in ("uniform", "k_means")}
+    assert error["k_means"] < 0.8 * error["uniform"]
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"coreset must be one of 'uniform', 'k_center', 'k_means', got 'random'"):
+        make_bank_builder("random", 10)
