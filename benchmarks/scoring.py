@@ -4,8 +4,12 @@
 """Train once, then score in many ways: strides, bank, place of a patch, scales, smoothing, and the image's score.
 
 Each way is one step away from the defaults. A line of ``<output>.csv`` holds pixel and image AUROC on defects drawn on
-normal images that were held back (``drawn_``, the label-free figure) and on the test images. Pixels are compared on
-every second row and column. Nothing is trained anew, so ways compare exactly.
+normal images that were held back (``drawn_``, the label-free figure) and on the test images, the bytes of the scorers'
+state, the seconds to fit them and the milliseconds to score an image's embeddings. Pixels are compared on every second
+row and column. Nothing is trained anew, so ways compare exactly.
+
+``--ways scorers`` compares all scorers, and small banks; ``--ckpt_path`` takes a trained model instead of training one
+(there are no drawn defects then, since no images were held back).
 
 Example:
     ``python benchmarks/scoring.py --data configs/data/mvtec_ad.yaml --seeds 0 1 2 --output runs/scoring_bottle``
@@ -35,7 +39,9 @@ from anomalib_pedenet.anomaly_map import Combination, combine_maps, scores_to_ma
 from anomalib_pedenet.criterion import draw_test_defects
 from anomalib_pedenet.patches import BASE_STRIDE
 from anomalib_pedenet.position import WEIGHTS, PositionEncoding, choose_weight, measure_alignment
-from anomalib_pedenet.scorers import NearestNeighborScorer
+from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
+
+_ALL_ROWS = 10_000_000
 
 
 class Way(NamedTuple):
@@ -47,7 +53,9 @@ class Way(NamedTuple):
         normalized (bool): Whether each is divided by the typical score of normal patches first.
         stride (int): Distance between the patches of a scored image in pixels.
         bank_stride (int): Distance between the patches of the training images in pixels.
+        scorer (str | dict[str, Any]): Scorer.
         bank_size (int): Rows of the memory bank.
+        coreset (Coreset): How they are chosen.
         position (float | None): Weight of a patch's position; ``None`` to choose it from normal images.
         smoothing (float): Standard deviation in pixels of a Gaussian blur of the map; 0 for none.
         top_share (float): The image's score is the mean over this share of its highest pixels; 0 for the maximum.
@@ -58,7 +66,9 @@ class Way(NamedTuple):
     normalized: bool = True
     stride: int = 8
     bank_stride: int = 8
+    scorer: str | dict[str, Any] = "exact"
     bank_size: int = 50_000
+    coreset: Coreset = "uniform"
     position: float | None = None
     smoothing: float = 0.0
     top_share: float = 0.0
@@ -76,6 +86,34 @@ WAYS = {
     "32 and 64 px, mean, not normalised": Way(sizes=(32, 64), combination="mean", normalized=False),
     **{f"blur {sigma} px": Way(smoothing=sigma) for sigma in (2.0, 4.0, 8.0)},
     **{f"top {share:.1%}": Way(top_share=share) for share in (0.001, 0.01, 0.05)},
+}
+
+
+def with_arguments(name: str, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - arguments of any scorer
+    """Return a scorer with arguments, as ``Pedenet`` takes it."""
+    return {"class_path": name, "init_args": arguments}
+
+
+SCORER_WAYS = {
+    "exact": Way(),
+    "exact, all rows": Way(bank_size=_ALL_ROWS),
+    **{
+        f"exact, {coreset}, {size} rows": Way(bank_size=size, coreset=coreset)
+        for size in (500, 1_000, 2_000, 5_000, 10_000)
+        for coreset in ("uniform", "k_center", "k_means")
+    },
+    "exact, uniform, 20000 rows": Way(bank_size=20_000),
+    "exact, uniform, 100000 rows": Way(bank_size=100_000),
+    "exact, without position": Way(position=0.0),
+    **{f"exact, {k} neighbours": Way(scorer=with_arguments("exact", num_neighbors=k)) for k in (3, 9)},
+    "exact, re-weighted": Way(scorer=with_arguments("exact", reweight_neighbors=9)),
+    **{f"local, radius {radius}": Way(scorer=with_arguments("local", radius=radius)) for radius in (0, 1, 2, 4)},
+    **{name: Way(scorer=name) for name in ("faiss_flat", "faiss_ivf", "faiss_hnsw", "faiss_pq")},
+    "density": Way(scorer="density"),
+    "density, diagonal": Way(scorer=with_arguments("density", covariance_type="diag")),
+    "mahalanobis": Way(scorer="mahalanobis"),
+    "ocsvm": Way(scorer="ocsvm"),
+    "svdd": Way(scorer="svdd"),
 }
 
 
@@ -135,36 +173,92 @@ def evenly_spread(images: Embedded, size: int, stride: int, limit: int = 32) -> 
     return torch.cat([grids[index] for index in torch.linspace(0, len(grids) - 1, min(limit, len(grids))).long()])
 
 
-def anomaly_maps(way: Way, normal: Embedded, images: Embedded) -> torch.Tensor:
-    """Score images one way, without smoothing, and return their maps ``[N, H, W]``."""
-    image_size = tuple(images.masks.shape[1:])
-    maps = []
+class Fitted(NamedTuple):
+    """The scorers of a way.
+
+    Attributes:
+        scorers (dict[int, Scorer]): By scale.
+        encodings (dict[int, PositionEncoding]): What appends positions, by scale.
+        seconds (float): Time of the fit.
+    """
+
+    scorers: dict[int, Scorer]
+    encodings: dict[int, PositionEncoding]
+    seconds: float
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the scorers' state."""
+        states = [scorer.state_dict().values() for scorer in self.scorers.values()]
+        return sum(value.numel() * value.element_size() for value in chain.from_iterable(states))
+
+    def arrange(self, grid: torch.Tensor, size: int, image_size: tuple[int, int], stride: int) -> torch.Tensor:
+        """Return a grid ``[1, Z, h, w]`` as its scorer takes it, ``[1, h, w, Z or Z + 2]``."""
+        if self.scorers[size].encodes_position:
+            grid = self.encodings[size](grid, image_size, stride)
+        return grid.permute(0, 2, 3, 1)
+
+
+@torch.no_grad()
+def fit(way: Way, model: Pedenet, normal: Embedded) -> Fitted:
+    """Fit the scorers of a way on normal images."""
+    image_size = (normal.masks.shape[1], normal.masks.shape[2])
+    fitted = Fitted({}, {}, 0.0)
+    kind = scorer_class(way.scorer)
+    stride = way.stride if kind.by_place else way.bank_stride
+    seconds = 0.0
     for size in way.sizes:
         weight = way.position
-        if weight is None:
-            weight = choose_weight(evenly_spread(normal, size, way.bank_stride), image_size, way.bank_stride)
-        encoding = PositionEncoding(weight)
-        scorer = NearestNeighborScorer(next(at_stride(normal, size, 32)).shape[1] + 2, way.bank_size)
-        scorer.fit(
-            encoding(grid, image_size, way.bank_stride).flatten(2)[0].T
-            for grid in at_stride(normal, size, way.bank_stride)
+        if weight is None and kind.encodes_position:
+            weight = choose_weight(evenly_spread(normal, size, stride), image_size, stride)
+        fitted.encodings[size] = PositionEncoding(weight or 0.0)
+        fitted.scorers[size] = make_scorer(
+            way.scorer,
+            embedding_dim=next(at_stride(normal, size, 32)).shape[1] + 2 * kind.encodes_position,
+            bank_size=way.bank_size,
+            coreset=way.coreset,
+            density_network=model.model.density_networks[str(size)],
         )
+        start = time.monotonic()
+        fitted.scorers[size].fit(
+            fitted.arrange(grid, size, image_size, stride) for grid in at_stride(normal, size, stride)
+        )
+        seconds += time.monotonic() - start
+    return fitted._replace(seconds=seconds)
+
+
+@torch.no_grad()
+def score(way: Way, fitted: Fitted, images: Embedded) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Score images one way, without smoothing.
+
+    Returns:
+        tuple[torch.Tensor, torch.Tensor, float]: Maps ``[N, H, W]``, weights of the images' scores ``[N]``, and
+            milliseconds of the scorers for an image.
+    """
+    image_size = (images.masks.shape[1], images.masks.shape[2])
+    maps, weights, seconds = [], torch.ones(len(images.grids)), 0.0
+    for size, scorer in fitted.scorers.items():
         unit = scorer.typical_score if way.normalized else 1.0
-        scores = []
-        for grid in at_stride(images, size, way.stride):
-            distances = scorer(encoding(grid, image_size, way.stride).flatten(2).transpose(1, 2))
-            scores.append(scores_to_map(distances.unflatten(1, grid.shape[-2:]) / unit, image_size, size, way.stride))
-        maps.append(torch.cat(scores))
-    return combine_maps(maps, way.combination)[:, 0]
+        parts = []
+        for index, grid in enumerate(at_stride(images, size, way.stride)):
+            embeddings = fitted.arrange(grid, size, image_size, way.stride)
+            start = time.perf_counter()
+            scores = scorer(embeddings)
+            weight = scorer.image_weights(embeddings, scores)
+            seconds += time.perf_counter() - start
+            parts.append(scores_to_map(scores / unit, image_size, size, way.stride))
+            weights[index] = 1.0 if weight is None else weight
+        maps.append(torch.cat(parts))
+    return combine_maps(maps, way.combination)[:, 0], weights, 1000 * seconds / len(images.grids)
 
 
-def measure(way: Way, maps: torch.Tensor, images: Embedded) -> dict[str, float]:
-    """Return pixel and image AUROC of maps ``[N, H, W]``."""
+def measure(way: Way, maps: torch.Tensor, weights: torch.Tensor, images: Embedded) -> dict[str, float]:
+    """Return pixel and image AUROC of maps ``[N, H, W]``, the images' scores times their weights ``[N]``."""
     if way.smoothing > 0:
         side = 2 * math.ceil(3 * way.smoothing) + 1
         maps = gaussian_blur(maps[:, None], [side, side], [way.smoothing, way.smoothing])[:, 0]
     count = max(1, round(way.top_share * maps[0].numel()))
-    scores = maps.flatten(1).topk(count, dim=1).values.mean(dim=1)
+    scores = maps.flatten(1).topk(count, dim=1).values.mean(dim=1) * weights
     pixels, masks = maps[:, ::2, ::2], images.masks[:, ::2, ::2]
     return {
         "pixel_AUROC": round(roc_auc_score(masks.flatten().numpy(), pixels.flatten().numpy()), 4),
@@ -172,27 +266,40 @@ def measure(way: Way, maps: torch.Tensor, images: Embedded) -> dict[str, float]:
     }
 
 
-def train(options: argparse.Namespace, seed: int) -> tuple[Embedded, Embedded, Embedded]:
-    """Train; return the normal images trained on, those held back without and with a defect, and the test images."""
+def train(options: argparse.Namespace, seed: int) -> tuple[Pedenet, Embedded, dict[str, Embedded]]:
+    """Train, or load a trained model.
+
+    Returns:
+        tuple[Pedenet, Embedded, dict[str, Embedded]]: The model, the normal images it was trained on, and images to
+            score by the prefix of their figures: the test images, and those held back without and with a defect.
+    """
     seed_everything(seed)
-    model = Pedenet(**{"holdout": options.holdout} | options.base, evaluator=False, visualizer=False)
     datamodule = make_datamodule(options)
-    with tempfile.TemporaryDirectory() as results:
-        engine = Engine(
-            default_root_dir=results, logger=False, enable_progress_bar=False, accelerator="cpu", limit_val_batches=0
-        )
-        engine.fit(model, datamodule=datamodule)
+    if options.ckpt_path is not None:
+        model = Pedenet.load_from_checkpoint(options.ckpt_path)
+        datamodule.setup()
+    else:
+        model = Pedenet(**{"holdout": options.holdout} | options.base, evaluator=False, visualizer=False)
+        with tempfile.TemporaryDirectory() as results:
+            engine = Engine(
+                default_root_dir=results,
+                logger=False,
+                enable_progress_bar=False,
+                accelerator="cpu",
+                limit_val_batches=0,
+            )
+            engine.fit(model, datamodule=datamodule)
     model.eval()
     held_back = model._held_back  # noqa: SLF001 - what the training has chosen
-    data = torch.utils.data.Subset(datamodule.train_data, held_back.trained_on)
+    trained_on = range(len(datamodule.train_data)) if held_back is None else held_back.trained_on
+    data = torch.utils.data.Subset(datamodule.train_data, trained_on)
     normal = embed_all(model, torch.utils.data.DataLoader(data, collate_fn=datamodule.train_data.collate_fn))
-    drawn = draw_test_defects(held_back.normal, unit=model.model.input_std)
-    without = embed(model, held_back.normal, torch.zeros_like(drawn.masks))
-    return (
-        normal,
-        join([without, embed(model, drawn.images, drawn.masks)]),
-        embed_all(model, datamodule.test_dataloader()),
-    )
+    images = {"": embed_all(model, datamodule.test_dataloader())}
+    if held_back is not None:
+        drawn = draw_test_defects(held_back.normal, unit=model.model.input_std)
+        without = embed(model, held_back.normal, torch.zeros_like(drawn.masks))
+        images["drawn_"] = join([without, embed(model, drawn.images, drawn.masks)])
+    return model, normal, images
 
 
 def main() -> None:
@@ -204,25 +311,27 @@ def main() -> None:
     parser.add_argument("--base", type=yaml.safe_load, default={}, help="arguments of Pedenet, YAML")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--holdout", type=float, default=0.15, help="part of the normal images to hold back")
+    parser.add_argument("--ways", choices=("settings", "scorers"), default="settings", help="what to compare")
+    parser.add_argument("--ckpt_path", type=Path, help="checkpoint of a trained model, instead of training")
     parser.add_argument("--output", default="scoring", help="path of the CSV file, without ending")
     options = parser.parse_args()
 
     for seed in options.seeds:
-        normal, held_back, test = train(options, seed)
-        image_size = tuple(test.masks.shape[1:])
+        model, normal, sets = train(options, seed)
+        image_size = (normal.masks.shape[1], normal.masks.shape[2])
         for size in sorted(normal.grids[0]):
             alignments = measure_alignment(evenly_spread(normal, size, 8), image_size, 8)
             values = ", ".join(
                 f"{value:.2f} at {weight:g}" for weight, value in zip(WEIGHTS[1:], alignments, strict=True)
             )
             print(f"seed {seed}, {size} px: alignment by weight of the position: {values}", flush=True)
-        for name, way in WAYS.items():
+        for name, way in (WAYS if options.ways == "settings" else SCORER_WAYS).items():
             row: dict[str, Any] = {"data": options.category or options.data.stem, "way": name, "seed": seed}
-            start = time.monotonic()
-            for prefix, images in (("drawn_", held_back), ("", test)):
-                maps = anomaly_maps(way, normal, images)
-                row |= {f"{prefix}{metric}": value for metric, value in measure(way, maps, images).items()}
-            row["seconds"] = round(time.monotonic() - start, 1)
+            fitted = fit(way, model, normal)
+            for prefix, images in sets.items():
+                maps, weights, milliseconds = score(way, fitted, images)
+                row |= {f"{prefix}{metric}": value for metric, value in measure(way, maps, weights, images).items()}
+            row |= {"bytes": fitted.bytes, "fit_seconds": round(fitted.seconds, 2), "score_ms": round(milliseconds, 2)}
             append(Path(f"{options.output}.csv"), [row])
             print(row, flush=True)
     table = pd.read_csv(f"{options.output}.csv").groupby("way", sort=False).mean(numeric_only=True)

@@ -65,6 +65,17 @@ def test_every_way_of_scoring_is_measured_on_one_training(data: list[str], tmp_p
     assert rows.loc["stride 2", "pixel_AUROC"] != rows.loc["stride 32", "pixel_AUROC"]
 
 
+def test_every_scorer_is_measured_on_one_training(data: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "scorers"
+    run("scoring.py", *data, "--base", BASE, "--holdout", "0.34", "--ways", "scorers", "--output", str(output))
+    rows = pd.read_csv(f"{output}.csv").set_index("way")
+    assert {"density", "mahalanobis", "ocsvm", "svdd", "faiss_ivf", "local, radius 1"} <= set(rows.index)
+    # What is the same search does the same.
+    assert rows.loc["faiss_flat", "pixel_AUROC"] == pytest.approx(rows.loc["exact", "pixel_AUROC"], abs=2e-4)
+    assert rows.loc["exact, uniform, 500 rows", "bytes"] < rows.loc["exact", "bytes"]
+    assert (rows[["fit_seconds", "score_ms"]] >= 0).all().all()
+
+
 def test_a_step_is_profiled(data: list[str]) -> None:
     table = run("step.py", *data, "--set", "{image_size: [144, 160], crops_per_step: 1}", "--steps", "3")
     figures = dict(line.rsplit(maxsplit=1) for line in table.splitlines() if line.startswith(("GFLOP", "steps per")))
