@@ -12,6 +12,7 @@ from anomalib_pedenet.loss import DensityLossType
 from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.patches import BASE_STRIDE, PATCH_SIZE, SUB_PATCH_SIZE, minimum_training_size
 from anomalib_pedenet.scorers import Coreset
+from anomalib_pedenet.scorers.nearest_neighbor import check_bank_size
 
 TrainingMode = Literal["dense", "patchwise"]
 LearningRateSchedule = Literal["one_cycle", "constant"]
@@ -45,7 +46,6 @@ def validate(hparams: Mapping[str, Any]) -> None:
             raise ValueError(msg)
 
     at_least_one = (
-        "bank_size",
         "embedding_dim",
         "num_components",
         "crops_per_step",
@@ -94,6 +94,7 @@ def validate(hparams: Mapping[str, Any]) -> None:
         msg = f"cache_gib must be above 0, got {hparams['cache_gib']}."
         raise ValueError(msg)
 
+    check_bank_size(hparams["bank_size"])
     _validate_sizes(hparams)
 
 

@@ -129,8 +129,9 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             ``"mahalanobis"`` (a Gaussian for each place), ``"ocsvm"``, ``"svdd"``. With arguments: a ``class_path`` (a
             name, or the path of a subclass of ``anomalib_pedenet.scorers.Scorer``) and ``init_args``. ``None`` for a
             loaded checkpoint's, else ``"exact"``. Defaults to ``None``.
-        bank_size (int): Largest number of rows of each scale's memory bank, chosen from the embeddings of all training
-            images. Memory, export size and search time grow with it. Defaults to ``50_000``.
+        bank_size (float): Largest number of rows of each scale's memory bank, chosen from the embeddings of all
+            training images; below 1, as a fraction of them (0.1: a tenth). Memory, export size and search time grow
+            with it. Defaults to ``50_000``.
         coreset (str): How the bank's rows are chosen: ``"uniform"`` (at random), ``"k_center"`` (greedily far apart, as
             PatchCore) or ``"k_means"`` (centroids). The latter two are for small banks. Defaults to ``"uniform"``.
         bank_stride (int): Distance in pixels between the patches of the training images that may enter the bank, a
@@ -217,7 +218,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         stride: int = 8,
         combination: Combination = "product",
         scorer: str | dict[str, Any] | None = None,
-        bank_size: int = 50_000,
+        bank_size: float = 50_000,
         coreset: Coreset = "uniform",
         bank_stride: int = 8,
         bank_seed: int = 0,

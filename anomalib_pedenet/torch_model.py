@@ -8,7 +8,7 @@ Data flows one way: images -> embeddings (:mod:`anomalib_pedenet.networks`) -> p
 very graph that is exported.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any, Literal
 
 import torch
@@ -41,8 +41,8 @@ class PedenetModel(nn.Module):
             :func:`anomalib_pedenet.anomaly_map.combine_maps`. Defaults to ``"product"``.
         scorer (str | Mapping[str, Any]): Scorer of each scale, see :func:`anomalib_pedenet.scorers.make_scorer`.
             Defaults to ``"exact"``.
-        bank_size (int): Largest number of rows of each scale's memory bank, for scorers that have one.
-            Defaults to ``50_000``.
+        bank_size (float): Largest number of rows of each scale's memory bank, for scorers that have one; below 1, as a
+            fraction of all embeddings. Defaults to ``50_000``.
         coreset (Coreset): How they are chosen, see :mod:`anomalib_pedenet.scorers.coreset`. Defaults to ``"uniform"``.
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         num_components (int): Number K of mixture components of the DE network. Defaults to ``10``.
@@ -74,7 +74,7 @@ class PedenetModel(nn.Module):
         stride: int = 8,
         combination: Combination = "product",
         scorer: str | Mapping[str, Any] = "exact",
-        bank_size: int = 50_000,
+        bank_size: float = 50_000,
         coreset: Coreset = "uniform",
         embedding_dim: int = 64,
         num_components: int = 10,
@@ -200,11 +200,15 @@ class PedenetModel(nn.Module):
                 raise ValueError(msg)
         stride = stride or self.stride
         for scorer in self.scorers.values():
-            scorer.reset()
-        for images in batches:
+            scorer.reset(0)
+        for index, images in enumerate(batches):
             tiles = self._tile(images)
             for size, grid in self._embed(tiles, stride).items():
-                self.scorers[str(size)].update(self._arrange(grid, size, tiles, stride))
+                embeddings = self._arrange(grid, size, tiles, stride)
+                if index == 0:
+                    count = len(batches) * embeddings.shape[:-1].numel() if isinstance(batches, Sized) else None
+                    self.scorers[str(size)].reset(count)
+                self.scorers[str(size)].update(embeddings)
         for scorer in self.scorers.values():
             scorer.finalize()
 

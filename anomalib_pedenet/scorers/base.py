@@ -4,7 +4,7 @@
 """The interface of a scorer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -64,8 +64,8 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
         """
 
     @abstractmethod
-    def _reset(self) -> None:
-        """Start a new fit."""
+    def _reset(self, num_embeddings: int | None = None) -> None:
+        """Start a new fit on so many embeddings, as far as that is known."""
 
     @abstractmethod
     def _update(self, embeddings: torch.Tensor) -> None:
@@ -75,10 +75,14 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
     def _finalize(self) -> torch.Tensor:
         """Put the fit to use, let go of what only the fit needed, and return a normal patch's typical score."""
 
-    def reset(self) -> None:
-        """Start a new fit; what was fitted before stays in use until :meth:`finalize`."""
+    def reset(self, num_embeddings: int | None = None) -> None:
+        """Start a new fit; what was fitted before stays in use until :meth:`finalize`.
+
+        Args:
+            num_embeddings (int | None): How many embeddings will come in, if that is known.
+        """
+        self._reset(num_embeddings)
         self._num_updates = 0
-        self._reset()
 
     def update(self, embeddings: torch.Tensor) -> None:
         """Take in a batch of normal embeddings.
@@ -125,7 +129,8 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
         Raises:
             ValueError: See :meth:`update` and :meth:`finalize`.
         """
-        self.reset()
+        sizes = [batch.shape[:-1].numel() for batch in batches] if isinstance(batches, Sequence) else None
+        self.reset(sum(sizes) if sizes is not None else None)
         for embeddings in batches:
             self.update(embeddings)
         self.finalize()

@@ -73,7 +73,8 @@ class MixtureDensityScorer(Scorer):
         """Whether there is a mixture."""
         return len(self.log_weights) > 0
 
-    def _reset(self) -> None:
+    def _reset(self, num_embeddings: int | None = None) -> None:
+        del num_embeddings
         self._moments = _Moments()
         self._sample = UniformSubset(_TYPICAL_ROWS, self.seed)
 
@@ -149,7 +150,8 @@ class MahalanobisScorer(Scorer):
         """Whether there are Gaussians."""
         return self.means.shape[0] > 0
 
-    def _reset(self) -> None:
+    def _reset(self, num_embeddings: int | None = None) -> None:
+        del num_embeddings
         self._moments = _Moments()
         self._grid = None
 

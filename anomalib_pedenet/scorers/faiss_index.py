@@ -45,7 +45,7 @@ class FaissScorer(MemoryBankScorer):
 
     Args:
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
-        bank_size (int): Largest number of rows of the bank. Defaults to ``50_000``.
+        bank_size (float): Largest number of rows of the bank, or below 1 a fraction. Defaults to ``50_000``.
         coreset (Coreset): How they are chosen, see :class:`MemoryBankScorer`. Defaults to ``"uniform"``.
         seed (int): Seed of that choice. Defaults to ``0``.
         index (str): ``"flat"`` (exact), ``"ivf"`` (inverted file), ``"hnsw"`` (graph), ``"pq"`` (product
@@ -68,7 +68,7 @@ class FaissScorer(MemoryBankScorer):
     def __init__(
         self,
         embedding_dim: int = 64,
-        bank_size: int = 50_000,
+        bank_size: float = 50_000,
         coreset: Coreset = "uniform",
         seed: int = 0,
         index: str = "ivf",
@@ -133,7 +133,9 @@ class FaissScorer(MemoryBankScorer):
 
     def _factory(self, num_rows: int) -> str:
         """Return the string for ``faiss.index_factory`` that suits a bank of ``num_rows`` rows."""
-        if self.index == "flat" or (self.index in ("ivf", "pq") and num_rows < 2 * _TRAINING_ROWS):
+        # Two cells, or the eight values of a byte that faiss's arithmetic needs at least, have too few rows to learn from.
+        smallest = {"ivf": 2 * _TRAINING_ROWS, "pq": 8 * _TRAINING_ROWS}.get(self.index, 0)
+        if self.index == "flat" or num_rows < smallest:
             return "Flat"
         if self.index == "ivf":
             return f"IVF{min(int(4 * num_rows**0.5), num_rows // _TRAINING_ROWS)},Flat"

@@ -56,7 +56,8 @@ class LocalNearestNeighborScorer(Scorer):
         """Whether there are normal images to compare with."""
         return self.bank.shape[0] > 0
 
-    def _reset(self) -> None:
+    def _reset(self, num_embeddings: int | None = None) -> None:
+        del num_embeddings
         self._images = UniformSubset(self.max_images, self.seed)
         self._grid = None
 

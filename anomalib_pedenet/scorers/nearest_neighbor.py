@@ -20,13 +20,14 @@ _TYPICAL_ROWS = 1_024
 
 
 class MemoryBankScorer(Scorer):
-    """A scorer with a memory bank of at most ``bank_size`` rows, chosen by a :class:`BankBuilder`.
+    """A scorer with a memory bank, whose rows are chosen by a :class:`BankBuilder`.
 
     A subclass defines ``_set_bank``, ``is_fitted`` and ``forward``.
 
     Args:
         embedding_dim (int): Dimension Z of the embeddings that arrive. Defaults to ``64``.
-        bank_size (int): Largest number of rows of the bank. Defaults to ``50_000``.
+        bank_size (float): Largest number of rows of the bank; below 1, as a fraction of all embeddings.
+            Defaults to ``50_000``.
         coreset (Coreset): How they are chosen: ``"uniform"``, ``"k_center"`` or ``"k_means"``, see
             :mod:`anomalib_pedenet.scorers.coreset`. Defaults to ``"uniform"``.
         seed (int): Seed of that choice. Defaults to ``0``.
@@ -38,19 +39,23 @@ class MemoryBankScorer(Scorer):
     encodes_position: ClassVar[bool] = True
 
     def __init__(
-        self, embedding_dim: int = 64, bank_size: int = 50_000, coreset: Coreset = "uniform", seed: int = 0
+        self, embedding_dim: int = 64, bank_size: float = 50_000, coreset: Coreset = "uniform", seed: int = 0
     ) -> None:
         super().__init__(embedding_dim, seed)
-        if bank_size < 1:
-            msg = f"bank_size must be at least 1 row, got {bank_size}."
-            raise ValueError(msg)
-        make_bank_builder(coreset, bank_size)  # an unknown name should be refused now
+        check_bank_size(bank_size)
+        make_bank_builder(coreset, 1)  # an unknown name should be refused now
         self.bank_size = bank_size
         self.coreset: Coreset = coreset
         self._builder: BankBuilder | None = None  # of a fit under way
 
-    def _reset(self) -> None:
-        self._builder = make_bank_builder(self.coreset, self.bank_size, self.seed)
+    def _reset(self, num_embeddings: int | None = None) -> None:
+        size = self.bank_size
+        if size < 1:
+            if num_embeddings is None:
+                msg = f"bank_size {size:g} is a fraction, but the number of embeddings is not known: give it in rows."
+                raise ValueError(msg)
+            size = max(1, round(size * num_embeddings))
+        self._builder = make_bank_builder(self.coreset, int(size), self.seed)
 
     def _update(self, embeddings: torch.Tensor) -> None:
         if self._builder is not None:
@@ -66,6 +71,21 @@ class MemoryBankScorer(Scorer):
         raise NotImplementedError
 
 
+def check_bank_size(bank_size: float) -> None:
+    """Check the size of a memory bank.
+
+    Raises:
+        ValueError: If it is neither a number of rows nor a fraction of all embeddings.
+    """
+    is_fraction = 0 < bank_size < 1
+    is_number = bank_size >= 1 and float(bank_size).is_integer()
+    if not (is_fraction or is_number):
+        msg = (
+            f"bank_size must be a number of rows, at least 1, or a fraction of all embeddings below 1, got {bank_size}."
+        )
+        raise ValueError(msg)
+
+
 class NearestNeighborScorer(MemoryBankScorer):
     """Euclidean distance to the nearest normal embedding, or the mean distance to the k nearest, exactly.
 
@@ -76,7 +96,7 @@ class NearestNeighborScorer(MemoryBankScorer):
 
     Args:
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
-        bank_size (int): Largest number of rows of the bank. Defaults to ``50_000``.
+        bank_size (float): Largest number of rows of the bank, or below 1 a fraction. Defaults to ``50_000``.
         coreset (Coreset): How they are chosen, see :class:`MemoryBankScorer`. Defaults to ``"uniform"``.
         seed (int): Seed of that choice. Defaults to ``0``.
         num_neighbors (int): Number k of nearest rows whose mean distance is the score; all rows if the bank has fewer.
@@ -101,7 +121,7 @@ class NearestNeighborScorer(MemoryBankScorer):
     def __init__(
         self,
         embedding_dim: int = 64,
-        bank_size: int = 50_000,
+        bank_size: float = 50_000,
         coreset: Coreset = "uniform",
         seed: int = 0,
         num_neighbors: int = 1,

@@ -31,7 +31,7 @@ DEFAULTS = Path(__file__).parents[2] / "configs" / "model" / "pedenet.yaml"
         ({"scored_sizes": []}, r"scored_sizes must be one or more"),
         ({"stride": 3}, "stride must be a multiple of 2 px from 2 to the smallest scored patch size .32., got 3"),
         ({"bank_stride": 64}, "bank_stride must be a multiple of 2"),
-        ({"bank_size": 0}, "bank_size must be at least 1, got 0"),
+        ({"bank_size": 0}, "bank_size must be a number of rows, at least 1, or a fraction.*got 0"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"patches_per_step": 1}, "patches_per_step must be at least 2"),
         ({"lambda_var": -1.0}, "lambda_var must be at least 0, got -1.0"),

@@ -122,3 +122,9 @@ def test_tiles_are_scored_one_by_one_and_put_back(model: PedenetModel) -> None:
     tiles = [model(tile).anomaly_map for tile in image.split(128, dim=-1)]
     model.tiler = Tiler(tile_size=128, stride=128)
     torch.testing.assert_close(model(image).anomaly_map, torch.cat(tiles, dim=-1))
+
+
+def test_a_bank_as_a_fraction_of_all_patches() -> None:
+    model = PedenetModel(stride=16, bank_size=0.5).eval()
+    model.fit([torch.rand(1, 3, 64, 64)] * 6)  # 9 patches of 32 px each
+    assert len(model.scorers["32"].bank) == 27

@@ -16,7 +16,7 @@ from scipy.spatial.distance import cdist
 from anomalib_pedenet.scorers import NearestNeighborScorer
 
 
-def fitted(bank: torch.Tensor, **kwargs: int) -> NearestNeighborScorer:
+def fitted(bank: torch.Tensor, **kwargs: float) -> NearestNeighborScorer:
     scorer = NearestNeighborScorer(bank.shape[1], **kwargs)
     scorer.fit([bank])
     return scorer
@@ -71,12 +71,13 @@ def test_a_fitted_scorer_pickles_small() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bank_size": 0}, "bank_size must be at least 1 row, got 0"),
+        ({"bank_size": 0}, "bank_size must be a number of rows, at least 1, or a fraction.*got 0"),
+        ({"bank_size": 1.5}, "bank_size must be .* got 1.5"),
         ({"num_neighbors": 0}, "num_neighbors must be at least 1, got 0"),
         ({"reweight_neighbors": -1}, "reweight_neighbors must be at least 0, got -1"),
     ],
 )
-def test_arguments_outside_their_range_are_refused(options: dict[str, int], message: str) -> None:
+def test_arguments_outside_their_range_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NearestNeighborScorer(**options)
 
@@ -91,6 +92,17 @@ def test_several_neighbors_equal_brute_force(num_neighbors: int) -> None:
     torch.testing.assert_close(scorer(queries), expected, rtol=1e-4, atol=1e-4)
     exported = torch.export.export(scorer, (queries[None],)).module()
     torch.testing.assert_close(exported(queries[None])[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bank_may_be_a_fraction_of_all_embeddings() -> None:
+    rows = torch.randn(1000, 8)
+    scorer = NearestNeighborScorer(8, bank_size=0.1)
+    scorer.fit(rows.split(300))
+    assert len(scorer.bank) == 100
+    scorer.fit([rows[:3]])
+    assert len(scorer.bank) == 1  # at least
+    with pytest.raises(ValueError, match=r"bank_size 0\.1 is a fraction, but the number of embeddings is not known"):
+        scorer.fit(part for part in [rows])
 
 
 def test_image_weights_are_patchcores() -> None:
