@@ -133,7 +133,7 @@ class FaissScorer(MemoryBankScorer):
 
     def _factory(self, num_rows: int) -> str:
         """Return the string for ``faiss.index_factory`` that suits a bank of ``num_rows`` rows."""
-        # Two cells, or the eight values of a byte that faiss's arithmetic needs at least, have too few rows to learn from.
+        # With fewer rows there is nothing to learn two cells from, or the eight values that faiss's arithmetic needs.
         smallest = {"ivf": 2 * _TRAINING_ROWS, "pq": 8 * _TRAINING_ROWS}.get(self.index, 0)
         if self.index == "flat" or num_rows < smallest:
             return "Flat"
