@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv test lint format demo bench-train bench-settings bench-scoring bench-step clean
+.PHONY: help setup venv test lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,14 @@ bench-settings: $(STAMP) ## Rank settings by drawn defects and by the test image
 bench-scoring: $(STAMP) ## Train once and score in many ways, in runs/ (the same variables)
 	$(BIN)/python benchmarks/scoring.py --data $(DATA) --seeds $(SEEDS) --base "$(BASE)" \
 	    --output runs/scoring_$(notdir $(DATA:.yaml=))
+
+bench-scorers: $(STAMP) ## Compare scorers and other searches: time, recall, bytes; and score one training with each, in runs/ (the same variables)
+	$(BIN)/python benchmarks/scorers.py --output runs/scorers
+	$(BIN)/python benchmarks/scoring.py --ways scorers --data $(DATA) --seeds $(SEEDS) --base "$(BASE)" \
+	    --output runs/scorers_$(notdir $(DATA:.yaml=))
+
+bench-coresets: $(STAMP) ## Build small memory banks from two million embeddings: time, memory, quality, in runs/
+	$(BIN)/python benchmarks/coresets.py --output runs/coresets
 
 bench-step: $(STAMP) ## Profile a training step: steps/s, arithmetic, memory (DATA=..., BASE=...)
 	$(BIN)/python benchmarks/step.py --data $(DATA) --set "$(BASE)"

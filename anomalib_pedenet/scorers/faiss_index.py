@@ -32,6 +32,10 @@ _LARGEST_CODE = 22
 # Rounds of k-means for a product quantiser, instead of faiss's 25: it has one for each byte.
 _QUANTIZER_ROUNDS = 10
 
+# A search that is twice as wide and finds no more than this part more of the neighbours is wide enough: a quantiser may
+# never find them all.
+_LEAST_GAIN = 0.002
+
 # First bytes of a serialised index: type (4 characters), dimension (int32), number of rows (int64).
 _HEADER = struct.Struct("<4siq")
 
@@ -48,8 +52,9 @@ class FaissScorer(MemoryBankScorer):
         bank_size (float): Largest number of rows of the bank, or below 1 a fraction. Defaults to ``50_000``.
         coreset (Coreset): How they are chosen, see :class:`MemoryBankScorer`. Defaults to ``"uniform"``.
         seed (int): Seed of that choice. Defaults to ``0``.
-        index (str): ``"flat"`` (exact), ``"ivf"`` (inverted file), ``"hnsw"`` (graph), ``"pq"`` (product
-            quantisation, a small bank) or a string for ``faiss.index_factory``. Defaults to ``"ivf"``.
+        index (str): ``"flat"`` (exact), ``"ivf"`` (inverted file), ``"hnsw"`` (graph), ``"pq"`` (inverted
+            file of product-quantised rows, a small bank) or a string for ``faiss.index_factory``.
+            Defaults to ``"ivf"``.
         num_neighbors (int): Number k of nearest rows whose mean distance is the score; all rows if the bank has fewer.
             Defaults to ``1``.
         recall (float): Part of the nearest neighbours that are to be found, in (0, 1]. Defaults to ``0.95``.
@@ -137,16 +142,16 @@ class FaissScorer(MemoryBankScorer):
         smallest = {"ivf": 2 * _TRAINING_ROWS, "pq": 8 * _TRAINING_ROWS}.get(self.index, 0)
         if self.index == "flat" or num_rows < smallest:
             return "Flat"
+        cells = f"IVF{min(int(4 * num_rows**0.5), num_rows // _TRAINING_ROWS)}"
         if self.index == "ivf":
-            return f"IVF{min(int(4 * num_rows**0.5), num_rows // _TRAINING_ROWS)},Flat"
+            return f"{cells},Flat"
         if self.index == "hnsw":
             return "HNSW32,Flat"
         if self.index == "pq":
             # A byte for each of the parts, equally long and of 2 dimensions or more: 22 bytes for 64 and a position.
             limit = max(1, min(_LARGEST_CODE, self.embedding_dim // 2))
             parts = max(n for n in range(1, limit + 1) if self.embedding_dim % n == 0)
-            bits = min(8, int(math.log2(num_rows / _TRAINING_ROWS)))
-            return f"PQ{parts}x{bits}"
+            return f"{cells},PQ{parts}x{min(8, int(math.log2(num_rows / _TRAINING_ROWS)))}"
         return self.index
 
     def _tune(self, faiss: ModuleType, index: Any, rows: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - faiss has no types
@@ -166,14 +171,17 @@ class FaissScorer(MemoryBankScorer):
         space = faiss.ParameterSpace()
         name, width, widest = _search_width(faiss, index)
         recall, squared = found()
-        while name and recall < self.recall and width < widest:
+        gain = 1.0
+        while name and recall < self.recall and width < widest and gain > _LEAST_GAIN:
             width = min(2 * width, widest)
             space.set_index_parameter(index, name, width)
+            before = recall
             recall, squared = found()
+            gain = recall - before
         logger.info("faiss index %s: recall %.3f%s.", self.index, recall, f" with {name} {width}" if name else "")
         if name and recall < self.recall:
             logger.warning(
-                "The faiss index %s finds the nearest neighbour in only %.1f %% of searches, even at its widest.",
+                "The faiss index %s finds the nearest neighbour in %.1f %% of searches, hardly more if wider.",
                 self.index,
                 100 * recall,
             )
@@ -282,8 +290,8 @@ def _prepare_clustering(faiss: ModuleType, index: Any, seed: int) -> None:  # no
     if isinstance(index, faiss.IndexPreTransform):
         index = faiss.downcast_index(index.index)
     clusterings = [index.cp] if isinstance(index, faiss.IndexIVF) else []
-    if isinstance(index, faiss.IndexPQ):
-        clusterings = [index.pq.cp]
+    if isinstance(index, faiss.IndexPQ | faiss.IndexIVFPQ):
+        clusterings.append(index.pq.cp)
         index.pq.cp.niter = _QUANTIZER_ROUNDS
     for clustering in clusterings:
         clustering.seed = seed + 1

@@ -76,6 +76,26 @@ def test_every_scorer_is_measured_on_one_training(data: list[str], tmp_path: Pat
     assert (rows[["fit_seconds", "score_ms"]] >= 0).all().all()
 
 
+def test_searches_are_compared(tmp_path: Path) -> None:
+    output = tmp_path / "scorers"
+    run("scorers.py", "--rows", "300", "600", "--queries", "50", "--rounds", "1", "--output", str(output))
+    rows = pd.read_csv(f"{output}.csv").set_index(["rows", "search"])
+    assert len(rows) == 2 * 8
+    for search in ("exact", "faiss_flat", "torch.cdist", "anomalib PatchCore", "scikit-learn brute"):
+        assert (rows.xs(search, level="search")["recall"] == 1).all(), search
+    assert (rows["ms"] > 0).all()
+    assert Path(f"{output}.png").stat().st_size > 10_000
+
+
+def test_builders_of_small_banks_are_compared(tmp_path: Path) -> None:
+    output = tmp_path / "coresets"
+    run("coresets.py", "--embeddings", "4000", "--size", "50", "--limit", "0.001", "--output", str(output))
+    rows = pd.read_csv(f"{output}.csv").set_index("builder")
+    assert set(rows.index) == {"uniform", "k_center", "k_means", "anomalib KCenterGreedy"}
+    assert (rows["rows"] == 50).all()
+    assert (rows["mean_distance"] > 0).all()
+
+
 def test_a_step_is_profiled(data: list[str]) -> None:
     table = run("step.py", *data, "--set", "{image_size: [144, 160], crops_per_step: 1}", "--steps", "3")
     figures = dict(line.rsplit(maxsplit=1) for line in table.splitlines() if line.startswith(("GFLOP", "steps per")))
