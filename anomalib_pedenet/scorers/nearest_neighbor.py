@@ -89,10 +89,10 @@ def check_bank_size(bank_size: float) -> None:
 class NearestNeighborScorer(MemoryBankScorer):
     """Euclidean distance to the nearest normal embedding, or the mean distance to the k nearest, exactly.
 
-    The search is chunked matrix arithmetic: ``min_b |q - b|^2 = |q|^2 - 2 max_b (q.b - |b|^2 / 2)``. Bank and queries
-    are taken relative to the bank's mean, which keeps the cancellation in that expression small. What remains of it
-    shows where a distance is nearly 0: that of a row to itself reads up to 0.005 for 64 dimensions in (-1, 1), where
-    normal patches score some tenths.
+    The search is chunked matrix arithmetic: ``min_b |q - b|^2 = |q|^2 - 2 max_b (q.b - |b|^2 / 2)``, where the maximum
+    is that of one product, of ``[q, 1]`` and ``[b, -|b|^2 / 2]``. Bank and queries are taken relative to the bank's
+    mean, which keeps the cancellation in that expression small. What remains of it shows where a distance is nearly 0:
+    that of a row to itself reads up to 0.005 for 64 dimensions in (-1, 1), where normal patches score some tenths.
 
     Args:
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
@@ -114,8 +114,7 @@ class NearestNeighborScorer(MemoryBankScorer):
         tensor([3., 0.])
     """
 
-    bank: torch.Tensor
-    half_norms: torch.Tensor
+    rows: torch.Tensor
     mean: torch.Tensor
 
     def __init__(
@@ -136,19 +135,23 @@ class NearestNeighborScorer(MemoryBankScorer):
             raise ValueError(msg)
         self.num_neighbors = num_neighbors
         self.reweight_neighbors = reweight_neighbors
-        self.register_buffer("bank", torch.zeros(0, embedding_dim))  # [M, Z], relative to `mean`
-        self.register_buffer("half_norms", torch.zeros(0))  # |b|^2 / 2, [M]
+        self.register_buffer("rows", torch.zeros(0, embedding_dim + 1))  # b, relative to `mean`, and -|b|^2 / 2
         self.register_buffer("mean", torch.zeros(embedding_dim))  # [Z]
+
+    @property
+    def bank(self) -> torch.Tensor:
+        """The memory bank ``[M, Z]``, relative to its mean."""
+        return self.rows[:, :-1]
 
     @property
     def is_fitted(self) -> bool:
         """Whether the bank has rows."""
-        return len(self.bank) > 0
+        return len(self.rows) > 0
 
     def _set_bank(self, rows: torch.Tensor) -> torch.Tensor:
         self.mean = rows.mean(dim=0)
-        self.bank = rows - self.mean
-        self.half_norms = self.bank.square().sum(dim=1) / 2
+        centered = rows - self.mean
+        self.rows = torch.cat([centered, -centered.square().sum(dim=1, keepdim=True) / 2], dim=1)
         return self._typical_score()
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -161,7 +164,7 @@ class NearestNeighborScorer(MemoryBankScorer):
             torch.Tensor: Distances ``[...]`` in embedding units, float32.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
-            queries = embeddings.to(self.bank.dtype) - self.mean
+            queries = self._prepare(embeddings)
             # The batch, which is dynamic in an exported graph, is not to be cut into chunks.
             flat = queries.flatten(1, -2) if queries.ndim > 3 else queries
             chunks = [self._nearest(chunk) for chunk in flat.split(self._queries_per_chunk(flat), dim=-2)]
@@ -185,19 +188,24 @@ class NearestNeighborScorer(MemoryBankScorer):
         """
         if self.reweight_neighbors == 0:
             return None
-        queries = (embeddings.to(self.bank.dtype) - self.mean).flatten(1, 2)  # [B, P, Z]
+        queries = self._prepare(embeddings).flatten(1, 2)  # [B, P, Z + 1]
         worst = scores.flatten(1).argmax(dim=1)  # [B]
-        query = queries.gather(1, worst[:, None, None].expand(-1, 1, queries.shape[2]))[:, 0]  # [B, Z]
-        nearest = self.bank[(query @ self.bank.T - self.half_norms).argmax(dim=1)]  # [B, Z]
-        count = min(self.reweight_neighbors, len(self.bank))
-        support = (nearest @ self.bank.T - self.half_norms).topk(count, dim=1).indices  # [B, count], itself first
-        distances = (query[:, None] - self.bank[support]).norm(dim=2)
+        query = queries.gather(1, worst[:, None, None].expand(-1, 1, queries.shape[2]))[:, 0]  # [B, Z + 1]
+        nearest = self.bank[(query @ self.rows.T).argmax(dim=1)] + self.mean  # [B, Z]
+        count = min(self.reweight_neighbors, len(self.rows))
+        support = (self._prepare(nearest) @ self.rows.T).topk(count, dim=1).indices  # [B, count], itself first
+        distances = (query[:, None, :-1] - self.bank[support]).norm(dim=2)
         return 1 - torch.softmax(distances, dim=1)[:, 0]
 
+    def _prepare(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return embeddings ``[..., Z]`` as queries ``[..., Z + 1]``: relative to the mean, and a 1."""
+        queries = embeddings.to(self.rows.dtype) - self.mean
+        return torch.cat([queries, torch.ones_like(queries[..., :1])], dim=-1)
+
     def _queries_per_chunk(self, queries: torch.Tensor) -> int:
-        if self._tile_rows(queries) < len(self.bank):
+        if self._tile_rows(queries) < len(self.rows):
             return _CPU_QUERIES
-        return max(1, _CHUNK_ELEMENTS // max(1, len(self.bank)))
+        return max(1, _CHUNK_ELEMENTS // max(1, len(self.rows)))
 
     def _tile_rows(self, queries: torch.Tensor) -> int:
         """Return how many rows of the bank to multiply at once: tiles in eager mode on a CPU, else the whole bank.
@@ -205,15 +213,13 @@ class NearestNeighborScorer(MemoryBankScorer):
         In an exported graph tiles would only be more nodes: the runtime's compiler chooses its own.
         """
         is_exporting = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        return _CPU_ROWS if queries.device.type == "cpu" and not is_exporting else max(1, len(self.bank))
+        return _CPU_ROWS if queries.device.type == "cpu" and not is_exporting else max(1, len(self.rows))
 
     def _nearest(self, queries: torch.Tensor) -> torch.Tensor:
-        """Return the scores ``[..., P]`` of one chunk of centred queries ``[..., P, Z]``."""
-        tile_rows = self._tile_rows(queries)
-        tiles = zip(self.bank.split(tile_rows), self.half_norms.split(tile_rows), strict=True)
-        similarities = (queries @ rows.T - half_norms for rows, half_norms in tiles)  # q.b - |b|^2 / 2
-        squares = queries.square().sum(dim=-1)
-        count = min(self.num_neighbors, len(self.bank))
+        """Return the scores ``[..., P]`` of one chunk of prepared queries ``[..., P, Z + 1]``."""
+        similarities = (queries @ rows.T for rows in self.rows.split(self._tile_rows(queries)))  # q.b - |b|^2 / 2
+        squares = queries[..., :-1].square().sum(dim=-1)
+        count = min(self.num_neighbors, len(self.rows))
         if count == 1:
             nearest = reduce(torch.maximum, (similarity.amax(dim=-1) for similarity in similarities))  # [..., P]
             return (squares - 2 * nearest).clamp(min=0).sqrt()
@@ -223,11 +229,11 @@ class NearestNeighborScorer(MemoryBankScorer):
 
     def _typical_score(self) -> torch.Tensor:
         """Return the mean score of rows of the bank against the others (not finite where that is undefined)."""
-        count = min(len(self.bank), _TYPICAL_ROWS)
-        chosen = torch.linspace(0, len(self.bank) - 1, count).long().to(self.bank.device)
-        queries = self.bank[chosen]
-        similarity = queries @ self.bank.T - self.half_norms  # [count, M]
-        similarity[torch.arange(count, device=self.bank.device), chosen] = -torch.inf
-        neighbors = max(1, min(self.num_neighbors, len(self.bank) - 1))
-        squared = queries.square().sum(dim=1)[:, None] - 2 * similarity.topk(neighbors, dim=1).values
+        count = min(len(self.rows), _TYPICAL_ROWS)
+        chosen = torch.linspace(0, len(self.rows) - 1, count).long().to(self.rows.device)
+        queries = self._prepare(self.bank[chosen] + self.mean)
+        similarity = queries @ self.rows.T  # [count, M]
+        similarity[torch.arange(count, device=self.rows.device), chosen] = -torch.inf
+        neighbors = max(1, min(self.num_neighbors, len(self.rows) - 1))
+        squared = queries[:, :-1].square().sum(dim=1)[:, None] - 2 * similarity.topk(neighbors, dim=1).values
         return squared.clamp(min=0).sqrt().mean()

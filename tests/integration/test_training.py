@@ -60,7 +60,7 @@ def rebuilt_bank(path: Path, datamodule: MVTecAD) -> dict[str, torch.Tensor]:
     model.load_state_dict({name.removeprefix("model."): value for name, value in state.items() if "model." in name})
     transform = Pedenet.configure_pre_processor((144, 160)).transform
     model.fit([transform(item.image)[None] for item in datamodule.train_data])
-    return {f"model.{name}": value for name, value in model.state_dict().items() if name.endswith((".bank", ".mean"))}
+    return {f"model.{name}": value for name, value in model.state_dict().items() if name.endswith((".rows", ".mean"))}
 
 
 def assert_bank_is_that_of_the_weights(path: Path, datamodule: MVTecAD) -> None:
@@ -83,7 +83,7 @@ def test_every_checkpoints_bank_is_that_of_its_weights(
     banks = []
     for path in paths:
         assert_bank_is_that_of_the_weights(path, datamodule)
-        banks.append(torch.load(path, weights_only=True)["state_dict"]["model.scorers.64.bank"])
+        banks.append(torch.load(path, weights_only=True)["state_dict"]["model.scorers.64.rows"])
     assert not torch.equal(banks[0], banks[1])
 
 
