@@ -224,15 +224,15 @@ class PedenetLoss(nn.Module):
         """
         zero = embeddings.new_zeros(())
         location = location_loss(logits.float(), directions) if self.lambda_lpn > 0 else zero
-        # The statistics divide by small variances: bfloat16 under autocast would not do.
-        embeddings, responsibilities = embeddings.float(), responsibilities.float()
-        variance = variance_loss(embeddings, self.min_std) if self.lambda_var > 0 else zero
-        if self.lambda_den > 0:
-            mixture = estimate_mixture(embeddings, responsibilities, self.covariance_type, self.covariance_jitter)
-            density = density_loss(log_density(embeddings, mixture), self.reading)
-            regularization = covariance_regularization(mixture)
-        else:
-            density = regularization = zero
+        density = regularization = zero
+        # The statistics divide by small variances: the products that autocast makes in bfloat16 would not do.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings, responsibilities = embeddings.float(), responsibilities.float()
+            variance = variance_loss(embeddings, self.min_std) if self.lambda_var > 0 else zero
+            if self.lambda_den > 0:
+                mixture = estimate_mixture(embeddings, responsibilities, self.covariance_type, self.covariance_jitter)
+                density = density_loss(log_density(embeddings, mixture), self.reading)
+                regularization = covariance_regularization(mixture)
         synthetic = zero
         if self.lambda_syn > 0:
             if defect_logits is None or defect_labels is None:

@@ -18,7 +18,7 @@ from anomalib_pedenet.loss import (
     synthetic_weight,
     variance_loss,
 )
-from anomalib_pedenet.mixture import GaussianMixture, estimate_mixture, log_density
+from anomalib_pedenet.mixture import CovarianceType, GaussianMixture, estimate_mixture, log_density
 
 
 def make_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -112,6 +112,17 @@ def test_a_weight_of_zero_leaves_the_term_out(lambda_den: float, lambda_lpn: flo
     assert (embeddings.grad is None) == (lambda_den == 0)
     assert (logits.grad is None) == (lambda_lpn == 0)
     assert (terms.density == 0) == (lambda_den == 0)
+
+
+@pytest.mark.parametrize("covariance_type", ["diag", "full"])
+def test_autocast_does_not_touch_the_statistics(covariance_type: CovarianceType) -> None:
+    inputs = make_inputs()
+    loss = PedenetLoss(0.5, 2.0, 1e-3, covariance_type=covariance_type)
+    expected = loss(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = loss(*inputs)
+    torch.testing.assert_close(terms.density, expected.density, rtol=0, atol=0)
+    torch.testing.assert_close(terms.total, expected.total, rtol=0, atol=0)
 
 
 def test_unknown_reading_is_refused() -> None:
