@@ -716,7 +716,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         if self._held_back is None:
             return
         normal = self._held_back.normal.to(self.device)
-        drawn = draw_test_defects(normal, unit=self.model.input_std)
+        drawn = draw_test_defects(normal)
         pixel, image = drawn_defect_auroc(self.model, normal, drawn)
         self.log_dict({"drawn_pixel_AUROC": pixel, "drawn_image_AUROC": image}, prog_bar=True, batch_size=1)
         logger.info(

@@ -4,133 +4,280 @@
 """Nearest-neighbour searches side by side: our scorers, and what else there is, on the same embeddings in one run.
 
 For every size of the bank and number of queries (2,401 and 9,409: what an image of 256x256 asks at strides 4 and 2), a
-line of ``<output>.csv`` holds the seconds to build, the milliseconds to search, in rounds over all searches so that
-what else the machine does hits all alike, the bytes of the state, the memory that a search takes beyond its inputs, and
-how right it is against a search in float64: recall@1 (the true nearest distance is returned, to 1 %), the mean relative
-and the largest absolute error. A product quantiser's distances are estimates, so that its recall says little. The
-throughput of searches that compare all pairs is given as a fraction of a matrix product's on the same machine.
-``<output>.png`` draws time against recall.
+line is appended to ``<output>.csv``:
 
-Embeddings are drawn around 2,000 centres on a surface of 12 dimensions in 64, in (-1, 1); one query in 20 lies apart.
-``--embeddings`` takes others: a file of ``torch.save({"bank": [M, Z], "queries": [N, Z]})``.
+- ``build_seconds``, once for each bank, and ``bytes`` of the state: a scorer's buffers, a peer's bank.
+- ``ms`` to search: the median, and the quartiles ``ms_low`` and ``ms_high``, of ``repetitions`` after a warm-up. All
+  searches take turns, so that what else the machine does meets all alike. There are ``--rounds`` of them, but a search
+  that has spent ``--seconds`` takes no further part.
+- ``of_matrix_product``, for searches that compare all pairs: their 2NMZ operations per second, as a fraction of those
+  of a 4096x4096 product in float32 on the same machine (``matrix_tflops``).
+- ``recall``@1 against a search in float64: the part of the queries for which the distance that is returned is at most
+  0.1 % + 0.001 above the least. It goes by distances, since that is all a scorer returns. Those of a product quantiser
+  are estimates: it may find the nearest row and misjudge its distance. ``relative_error`` (mean) says by how much.
+- ``largest_error`` of a distance, absolute.
+- ``extra_mib``, the memory that a search takes at its peak beyond what is in use before it, in a call of its own. On
+  a CPU it is the process's, as the kernel counts it (Linux), after what earlier calls have freed was given back;
+  buffers that a library keeps from call to call are not in it. On a GPU it is what torch allocates, without faiss's.
+
+``<output>.png`` draws time against recall for the largest number of queries. Searches that cannot be made are left out,
+with a line that says why. On a GPU scikit-learn has no part, and faiss searches its graph (``faiss_hnsw``) on the CPU.
+
+Embeddings are tanh of points around 500 centres on a 12-dimensional surface in 64 dimensions, and a little noise; one
+query in 20 is shifted off the surface. ``--embeddings`` takes others: a file of
+``torch.save({"bank": [M, Z], "queries": [N, Z]})``, of which random rows are taken.
 
 Example:
     ``python benchmarks/scorers.py --rows 1000 10000 100000 1000000 --output runs/scorers``
 """
 
 import argparse
+import ctypes
 import platform
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pandas as pd
-import psutil
+import threadpoolctl  # type: ignore[import-untyped]
 import torch
-from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+from anomalib.models.image.patchcore.torch_model import DEFAULT_CHUNK_SIZE, PatchcoreModel
 from matplotlib.figure import Figure
 from sklearn.neighbors import NearestNeighbors
+from step import matrix_throughput
 from train import append
 
 from anomalib_pedenet.scorers import SCORERS, make_scorer
 
 Search = Callable[[torch.Tensor], torch.Tensor]
 
-OURS = ("exact", "faiss_flat", "faiss_ivf", "faiss_hnsw", "faiss_pq")
+FAISS = ("faiss_flat", "faiss_ivf", "faiss_hnsw", "faiss_pq")
 PEERS = ("torch.cdist", "anomalib PatchCore", "scikit-learn brute")
+ALL = ("exact", *FAISS, *PEERS)
 ALL_PAIRS = {"exact", "faiss_flat", *PEERS}
+SHOWN = ["search", "rows", "queries", "build_seconds", "bytes", "ms", "ms_low", "ms_high", "of_matrix_product"]
+SHOWN += ["recall", "relative_error", "largest_error", "extra_mib"]
 
-_DIM, _SURFACE, _CENTERS = 64, 12, 2_000
-_LARGEST_MATRIX = 8 * 2**30  # bytes; torch.cdist needs one of queries x rows
-_SLOW = 3.0  # seconds; slower searches are measured once
+_DIM, _SURFACE, _CENTERS = 64, 12, 500
 
 
 def draw(count: int, seed: int) -> torch.Tensor:
-    """Draw embeddings ``[count, 64]`` as a trained network's may lie."""
+    """Draw normal embeddings ``[count, 64]``; seeds differ in the embeddings, not in the centres and the surface."""
     fixed = torch.Generator().manual_seed(0)
     surface = torch.randn(_SURFACE, _DIM, generator=fixed) / 2
     centers = torch.randn(_CENTERS, _SURFACE, generator=fixed)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(_CENTERS, (count,), generator=generator)
-    places = centers[chosen] + 0.3 * torch.randn(count, _SURFACE, generator=generator)
-    return (places @ surface / _SURFACE**0.5 + 0.05 * torch.randn(count, _DIM, generator=generator)).tanh()
+    places = centers[chosen] + 0.15 * torch.randn(count, _SURFACE, generator=generator)
+    return (places @ surface / _SURFACE**0.5 + 0.02 * torch.randn(count, _DIM, generator=generator)).tanh()
 
 
-def draw_queries(count: int) -> torch.Tensor:
+def draw_queries(count: int, seed: int) -> torch.Tensor:
     """Draw queries ``[count, 64]``, one in twenty of them abnormal."""
-    queries = draw(count, seed=2)
-    queries[::20] = (
-        queries[::20] + 0.3 * torch.randn(queries[::20].shape, generator=torch.Generator().manual_seed(3))
-    ).tanh()
+    queries = draw(count, seed)
+    shift = 0.3 * torch.randn(queries[::20].shape, generator=torch.Generator().manual_seed(seed))
+    queries[::20] = (queries[::20].atanh() + shift).tanh()
     return queries
+
+
+def get_embeddings(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest bank ``[M, Z]`` and all queries ``[N, Z]``, drawn, or those of the file in random order."""
+    if options.embeddings is None:
+        bank = draw(max(options.rows), 2 * options.seed)
+        return bank, draw_queries(max(options.queries), 2 * options.seed + 1)
+    given = torch.load(options.embeddings, map_location="cpu", weights_only=True)
+    generator = torch.Generator().manual_seed(options.seed)
+    bank, queries = (
+        rows[torch.randperm(len(rows), generator=generator)].float() for rows in (given["bank"], given["queries"])
+    )
+    return bank, queries
 
 
 def least_distances(queries: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
     """Return the true distances to the nearest row, in float64, by ``|q|^2 - 2 q.b + |b|^2`` about the bank's mean."""
     mean = bank.double().mean(dim=0)
-    least = torch.full((len(queries),), torch.inf, dtype=torch.float64, device=bank.device)
     queries = queries.double() - mean
-    for rows in bank.split(20_000):
+    nearest = torch.full((len(queries),), -torch.inf, dtype=torch.float64, device=bank.device)  # q.b - |b|^2 / 2
+    for rows in bank.split(4_096):
         centered = rows.double() - mean
-        half_norms = centered.square().sum(dim=1) / 2
-        squared = queries.square().sum(dim=1) - 2 * (queries @ centered.T - half_norms).amax(dim=1)
-        least = torch.minimum(least, squared)
-    return least.clamp(min=0).sqrt()
+        products = torch.addmm(-centered.square().sum(dim=1) / 2, queries, centered.T)
+        nearest = torch.maximum(nearest, products.amax(dim=1))
+    return (queries.square().sum(dim=1) - 2 * nearest).clamp(min=0).sqrt()
 
 
-def make_search(name: str, bank: torch.Tensor) -> tuple[Search, int]:
+def import_faiss() -> ModuleType | None:
+    """Return faiss, if it is installed."""
+    try:
+        import faiss
+    except ImportError:
+        return None
+    return faiss
+
+
+def choose_possible(names: Sequence[str], device: torch.device) -> list[str]:
+    """Return those searches that can be made on a device, and say which cannot."""
+    faiss = import_faiss()
+    reasons: dict[str, str] = {}
+    if faiss is None:
+        reasons = dict.fromkeys(FAISS, "faiss is not installed")
+    elif device.type == "cuda" and not hasattr(faiss, "StandardGpuResources"):
+        reasons = dict.fromkeys(set(FAISS) - {"faiss_hnsw"}, "the installed faiss has no GPU support")
+    if device.type == "cuda":
+        reasons["scikit-learn brute"] = "it has no GPU support"
+    for reason in dict.fromkeys(reasons.values()):
+        left_out = [name for name in names if reasons.get(name) == reason]
+        if left_out:
+            print(f"left out, since {reason}: {', '.join(left_out)}", flush=True)
+    return [name for name in names if name not in reasons]
+
+
+def build(name: str, bank: torch.Tensor, seed: int) -> tuple[Search, int]:
     """Build a search and return it with the bytes of its state."""
     bank_bytes = bank.numel() * bank.element_size()
     if name in SCORERS:
-        scorer = make_scorer(name, embedding_dim=bank.shape[1], bank_size=len(bank)).to(bank.device)
+        scorer = make_scorer(name, embedding_dim=bank.shape[1], bank_size=len(bank), seed=seed).to(bank.device)
         scorer.fit([bank])
-        return scorer, sum(value.numel() * value.element_size() for value in scorer.state_dict().values())
+        return scorer, sum(buffer.numel() * buffer.element_size() for buffer in scorer.buffers())
     if name == "torch.cdist":
         return lambda queries: torch.cdist(queries, bank).min(dim=1).values, bank_bytes
     if name == "anomalib PatchCore":
-        model = PatchcoreModel(layers=["layer1"], backbone="resnet18", pre_trained=False)
-        model.memory_bank = bank
-        return lambda queries: model.nearest_neighbors(queries, n_neighbors=1)[0], bank_bytes
-    neighbors = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(bank.cpu().numpy())
-    return lambda queries: torch.from_numpy(neighbors.kneighbors(queries.cpu().numpy())[0][:, 0]), bank_bytes
+        # All that the search needs of the model; the model itself would make a backbone.
+        model = SimpleNamespace(memory_bank=bank, euclidean_dist=PatchcoreModel.euclidean_dist)
+        return lambda queries: PatchcoreModel.nearest_neighbors(model, queries, n_neighbors=1)[0], bank_bytes
+    neighbors = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(bank.numpy())
+    return lambda queries: torch.from_numpy(neighbors.kneighbors(queries.numpy())[0][:, 0]), bank_bytes
 
 
-def timed(call: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+def matrix_gib(name: str, num_queries: int, num_rows: int) -> float:
+    """Return the GiB of the largest matrix of distances that a peer makes."""
+    at_once = {"torch.cdist": num_queries, "anomalib PatchCore": min(num_queries, DEFAULT_CHUNK_SIZE)}.get(name, 0)
+    return 4 * at_once * num_rows / 2**30
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Return the seconds of a call, to its end on the device, and its result."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     result = call()
-    if result.is_cuda:
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start, result
 
 
-def extra_mib(call: Callable[[], torch.Tensor], device: torch.device) -> float:
-    """Return the memory in MiB that a call takes at its peak beyond what is in use before it.
-
-    On a CPU the process is watched by a thread, every millisecond.
-    """
+def extra_mib(call: Callable[[], Any], device: torch.device) -> float | None:
+    """Return the MiB that a call takes at its peak beyond what is in use before it; ``None`` if nothing tells."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    process, is_done = psutil.Process(), threading.Event()
-    before = peak = process.memory_info().rss
+        return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
 
-    def watch() -> None:
-        nonlocal peak
-        while not is_done.wait(0.001):
-            peak = max(peak, process.memory_info().rss)
+    def process_kib(field: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    reset.write_text("5", encoding="utf-8")  # sets the peak, VmHWM, to what is in use now
+    before = process_kib("VmRSS")
     call()
-    is_done.set()
-    watcher.join()
-    return (peak - before) / 2**20
+    return round((process_kib("VmHWM") - before) / 2**10, 1)
+
+
+def judge(distances: torch.Tensor, true: torch.Tensor) -> dict[str, float]:
+    """Compare distances with the true ones, float64."""
+    distances = distances.to(true)
+    errors = (distances - true).abs()
+    return {
+        "recall": round((distances <= 1.001 * true + 1e-3).double().mean().item(), 4),
+        "relative_error": round((errors / true.clamp(min=1e-3)).mean().item(), 7),
+        "largest_error": round(errors.max().item(), 7),
+    }
+
+
+def measure(
+    options: argparse.Namespace, searches: dict[str, Search], queries: torch.Tensor, true: torch.Tensor
+) -> dict[str, dict[str, Any]]:
+    """Measure searches with the same queries, whose true distances are known.
+
+    Args:
+        options (argparse.Namespace): Options of the command line.
+        searches (dict[str, Search]): Searches by name.
+        queries (torch.Tensor): Queries ``[N, Z]``.
+        true (torch.Tensor): Their least distances ``[N]``, float64.
+
+    Returns:
+        dict[str, dict[str, Any]]: The figures of each search.
+    """
+    calls = {name: partial(search, queries) for name, search in searches.items()}
+    figures: dict[str, dict[str, Any]] = {}
+    for name, call in calls.items():
+        figures[name] = judge(call(), true) | {"extra_mib": extra_mib(call, queries.device)}  # the warm-up
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(options.rounds):
+        for name, call in calls.items():
+            if sum(times[name]) < options.seconds:
+                times[name].append(timed(call, queries.device)[0])
+    for name, values in times.items():
+        low, median, high = pd.Series(values).quantile([0.25, 0.5, 0.75])
+        milliseconds = {"ms": round(1e3 * median, 3), "ms_low": round(1e3 * low, 3), "ms_high": round(1e3 * high, 3)}
+        figures[name] |= milliseconds | {"repetitions": len(values)}
+    return figures
+
+
+def plot(table: pd.DataFrame, path: Path) -> None:
+    """Draw time against recall, a panel for each size of the bank, for the largest number of queries."""
+    table = table[table["queries"] == table["queries"].max()]
+    sizes = sorted(table["rows"].unique())
+    figure = Figure(figsize=(4.2 * len(sizes), 4.5), layout="constrained")
+    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+        rows = table[table["rows"] == size].sort_values("ms")
+        gap = max(rows["ms"].max() / rows["ms"].min(), 10.0) ** 0.06  # from one label to the next above it
+        height = 0.0
+        for _, row in rows.iterrows():
+            height = max(row["ms"], gap * height)
+            is_left = row["recall"] < 0.5
+            axes.annotate(
+                row["search"] + (f", {row['relative_error']:.0%} off" if row["relative_error"] > 0.1 else ""),
+                (row["recall"], row["ms"]),
+                (row["recall"] + 0.06 if is_left else row["recall"] - 0.06, height),
+                fontsize=8,
+                ha="left" if is_left else "right",
+                va="center",
+                arrowprops={"arrowstyle": "-", "lw": 0.4},
+            )
+            axes.plot(row["recall"], row["ms"], "o", color=f"C{ALL.index(row['search'])}")
+        axes.set(yscale="log", ylim=(rows["ms"].min() / gap, height * gap), xlim=(-0.05, 1.05))
+        axes.set(title=f"{size:,} rows", xlabel="recall@1")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(f"ms for {table['queries'].max():,} queries")
+    figure.savefig(path, dpi=120)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000], help="bank sizes")
+    parser.add_argument("--queries", type=int, nargs="+", default=[2_401, 9_409], help="numbers of queries")
+    parser.add_argument("--scorers", nargs="+", default=ALL, choices=ALL, metavar="NAME", help=f"of {', '.join(ALL)}")
+    parser.add_argument("--embeddings", type=Path, help="file with a bank and queries, instead of drawing them")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="no more repetitions of a search after that")
+    parser.add_argument("--largest_matrix", type=float, default=6.0, help="GiB; peers that need a larger are left out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", default="runs/scorers", help="path of the CSV file and the picture, without ending")
+    options = parser.parse_args()
+    if options.rounds < 1 or options.seconds <= 0:
+        parser.error("--rounds must be at least 1, and --seconds above 0")
+    return options
 
 
 def processor_name() -> str:
@@ -141,108 +288,53 @@ def processor_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def matrix_throughput(device: torch.device) -> float:
-    """Return the floating-point operations per second of a float32 product of 4096x4096 matrices: the best of five."""
-    left, right = torch.randn(2, 4096, 4096, device=device)
-    seconds = min(timed(lambda: left @ right)[0] for _ in range(6))
-    return 2 * 4096**3 / seconds
-
-
-def measure(
-    options: argparse.Namespace, bank: torch.Tensor, queries: torch.Tensor, throughput: float
-) -> list[dict[str, Any]]:
-    """Measure all searches on one bank and one set of queries."""
-    searches: dict[str, Search] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    true = least_distances(queries, bank).cpu()
-    for name in options.searches:
-        if name == "torch.cdist" and 4 * len(bank) * len(queries) > _LARGEST_MATRIX:
-            print(f"{name}: left out, its matrix of {len(queries)} x {len(bank)} distances is too large", flush=True)
-            continue
-        start = time.perf_counter()
-        try:
-            searches[name], size = make_search(name, bank)
-        except ImportError as error:
-            print(f"{name}: left out. {error}", flush=True)
-            continue
-        rows[name] = {"search": name, "rows": len(bank), "queries": len(queries)}
-        rows[name] |= {"build_seconds": round(time.perf_counter() - start, 2), "bytes": size}
-    times: dict[str, list[float]] = {name: [] for name in searches}
-    for name, search in searches.items():
-        seconds, distances = timed(partial(search, queries))
-        times[name] = [seconds] if seconds > _SLOW else []
-        errors = (distances.double().cpu().flatten() - true).abs()
-        rows[name] |= {
-            "recall": round((errors <= 0.01 * true + 1e-3).double().mean().item(), 4),
-            "relative_error": round((errors / true.clamp(min=1e-3)).mean().item(), 6),
-            "largest_error": round(errors.max().item(), 6),
-            "extra_mib": round(extra_mib(partial(search, queries), bank.device), 1),
-        }
-    for _ in range(options.rounds):
-        for name, search in searches.items():
-            if not times[name] or times[name][0] <= _SLOW:
-                times[name].append(timed(partial(search, queries))[0])
-    for name, values in times.items():
-        quartiles = pd.Series(values).quantile([0.25, 0.5, 0.75]).tolist()
-        operations = 2 * len(bank) * queries.numel()
-        rows[name] |= {
-            "ms": round(1000 * quartiles[1], 2),
-            "ms_low": round(1000 * quartiles[0], 2),
-            "ms_high": round(1000 * quartiles[2], 2),
-            "of_matrix_product": round(operations / quartiles[1] / throughput, 3) if name in ALL_PAIRS else None,
-        }
-    return list(rows.values())
-
-
-def plot(table: pd.DataFrame, path: Path) -> None:
-    """Draw time against recall, a panel for each size of the bank, for the largest number of queries."""
-    table = table[table["queries"] == table["queries"].max()]
-    sizes = sorted(table["rows"].unique())
-    figure = Figure(figsize=(4 * len(sizes), 4), layout="constrained")
-    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
-        for _, row in table[table["rows"] == size].iterrows():
-            axes.plot(row["recall"], row["ms"], "o")
-            axes.annotate(row["search"], (row["recall"], row["ms"]), fontsize=8, ha="right", va="bottom")
-        axes.set(yscale="log", title=f"{size:,} rows", xlabel="recall@1", xlim=(-0.05, 1.05))
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(f"ms for {table['queries'].max():,} queries")
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     """Measure every search at every size."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
-    parser.add_argument("--queries", type=int, nargs="+", default=[2_401, 9_409])
-    parser.add_argument("--searches", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
-    parser.add_argument(
-        "--embeddings", type=Path, help="file with a bank and queries to take the rows and queries from"
-    )
-    parser.add_argument("--rounds", type=int, default=9, help=f"repetitions; searches above {_SLOW:g} s are made once")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", default="runs/scorers", help="path of the CSV file and the picture, without ending")
-    options = parser.parse_args()
-
+    options = parse_arguments()
+    device: torch.device = options.device
+    names = choose_possible(options.scorers, device)
     torch.set_num_threads(options.threads)
-    hardware = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else processor_name()
-    given = torch.load(options.embeddings, weights_only=True) if options.embeddings is not None else None
-    throughput = matrix_throughput(options.device)
-    print(
-        f"{hardware}, {options.threads} threads: {throughput / 1e12:.3f} TFLOP/s in a float32 matrix product",
-        flush=True,
-    )
-    for count in options.rows:
-        bank = (draw(count, seed=1) if given is None else given["bank"][:count]).to(options.device)
-        for num_queries in options.queries:
-            queries = (draw_queries(num_queries) if given is None else given["queries"][:num_queries]).to(
-                options.device
-            )
-            table = measure(options, bank, queries, throughput)
-            machine = {"threads": options.threads, "hardware": hardware, "torch": torch.__version__}
-            append(Path(f"{options.output}.csv"), [row | machine for row in table])
-            print(pd.DataFrame(table).to_string(index=False), flush=True)
-    plot(pd.read_csv(f"{options.output}.csv"), Path(f"{options.output}.png"))
+    threadpoolctl.threadpool_limits(options.threads)  # of faiss and scikit-learn, both loaded by now
+    machine = {
+        "matrix_tflops": round(matrix_throughput(torch.float32, device, repeats=1 + options.rounds) / 1e12, 4),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "faiss": getattr(import_faiss(), "__version__", ""),
+        "seed": options.seed,
+        "embeddings": options.embeddings.name if options.embeddings is not None else "drawn",
+    }
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
+    bank, queries = (embeddings.to(device) for embeddings in get_embeddings(options))
+
+    table: list[dict[str, Any]] = []
+    for num_rows in sorted({min(count, len(bank)) for count in options.rows}):
+        true = least_distances(queries, bank[:num_rows])
+        built: dict[str, Search] = {}
+        states: dict[str, dict[str, Any]] = {}
+        for name in names:
+            seconds, (built[name], size) = timed(partial(build, name, bank[:num_rows], options.seed), device)
+            states[name] = {"build_seconds": round(seconds, 3), "bytes": size}
+        for num_queries in sorted({min(count, len(queries)) for count in options.queries}):
+            gib = {name: matrix_gib(name, num_queries, num_rows) for name in names}
+            for name in names:
+                if gib[name] > options.largest_matrix:
+                    print(f"left out, since it needs a matrix of {gib[name]:.1f} GiB: {name}", flush=True)
+            searches = {name: search for name, search in built.items() if gib[name] <= options.largest_matrix}
+            if not searches:
+                continue
+            figures = measure(options, searches, queries[:num_queries], true[:num_queries])
+            rows = []
+            for name, values in figures.items():
+                row = {"search": name, "rows": num_rows, "queries": num_queries, **states[name], **values}
+                tflops = 2 * num_queries * num_rows * bank.shape[1] / values["ms"] / 1e9
+                fraction = round(tflops / machine["matrix_tflops"], 4) if name in ALL_PAIRS else None
+                rows.append(row | {"of_matrix_product": fraction, **machine})
+            append(Path(f"{options.output}.csv"), rows)
+            print(pd.DataFrame(rows)[SHOWN].to_string(index=False), flush=True)
+            table += rows
+    if table:
+        plot(pd.DataFrame(table), Path(f"{options.output}.png"))
 
 
 if __name__ == "__main__":

@@ -296,7 +296,7 @@ def train(options: argparse.Namespace, seed: int) -> tuple[Pedenet, Embedded, di
     normal = embed_all(model, torch.utils.data.DataLoader(data, collate_fn=datamodule.train_data.collate_fn))
     images = {"": embed_all(model, datamodule.test_dataloader())}
     if held_back is not None:
-        drawn = draw_test_defects(held_back.normal, unit=model.model.input_std)
+        drawn = draw_test_defects(held_back.normal)
         without = embed(model, held_back.normal, torch.zeros_like(drawn.masks))
         images["drawn_"] = join([without, embed(model, drawn.images, drawn.masks)])
     return model, normal, images

@@ -76,17 +76,6 @@ def test_every_scorer_is_measured_on_one_training(data: list[str], tmp_path: Pat
     assert (rows[["fit_seconds", "score_ms"]] >= 0).all().all()
 
 
-def test_searches_are_compared(tmp_path: Path) -> None:
-    output = tmp_path / "scorers"
-    run("scorers.py", "--rows", "300", "600", "--queries", "50", "--rounds", "1", "--output", str(output))
-    rows = pd.read_csv(f"{output}.csv").set_index(["rows", "search"])
-    assert len(rows) == 2 * 8
-    for search in ("exact", "faiss_flat", "torch.cdist", "anomalib PatchCore", "scikit-learn brute"):
-        assert (rows.xs(search, level="search")["recall"] == 1).all(), search
-    assert (rows["ms"] > 0).all()
-    assert Path(f"{output}.png").stat().st_size > 10_000
-
-
 def test_builders_of_small_banks_are_compared(tmp_path: Path) -> None:
     output = tmp_path / "coresets"
     run("coresets.py", "--embeddings", "4000", "--size", "50", "--limit", "0.001", "--output", str(output))
