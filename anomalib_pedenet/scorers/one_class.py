@@ -8,6 +8,12 @@ import torch
 from anomalib_pedenet.scorers.base import Scorer
 from anomalib_pedenet.scorers.coreset import UniformSubset
 
+# Kernels below exp of this count as that much.
+_LEAST_EXPONENT = -60.0
+
+# The kernel's width is chosen on at most this many rows.
+_GAMMA_ROWS = 2_048
+
 # Steps towards the centre of a ball; each is one pass over the rows.
 _SVDD_STEPS = 300
 
@@ -69,8 +75,9 @@ class OneClassSvmScorer(_OneClassScorer):
         max_rows (int): Largest number of embeddings to learn from. Defaults to ``50_000``.
         num_features (int): Number of features; the kernel's centres are as many normal embeddings.
             Defaults to ``500``.
-        gamma (float | None): The kernel is ``exp(-gamma |z - z'|^2)``. ``None`` for ``1 / (Z variance)``, which
-            scikit-learn calls ``"scale"``. Defaults to ``None``.
+        gamma (float | None): The kernel is ``exp(-gamma |z - z'|^2)``. ``None`` for the inverse of the normal
+            embeddings' mean square distance to the nearest centre, so that each sees about one of them: wider kernels
+            see only whether an embedding is a frequent one. Defaults to ``None``.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -115,8 +122,7 @@ class OneClassSvmScorer(_OneClassScorer):
         from sklearn.kernel_approximation import Nystroem
         from sklearn.linear_model import SGDOneClassSVM
 
-        variance = rows.var(correction=0).item()
-        gamma = self.given_gamma or (1 / (self.embedding_dim * variance) if variance > 0 else 1.0)
+        gamma = self.given_gamma or self._choose_gamma(rows)
         nystroem = Nystroem(gamma=gamma, n_components=min(self.num_features, len(rows)), random_state=self.seed)
         features = nystroem.fit_transform(rows.double().numpy())
         svm = SGDOneClassSVM(nu=self.nu, random_state=self.seed, average=True).fit(features)
@@ -125,6 +131,17 @@ class OneClassSvmScorer(_OneClassScorer):
         self.directions = directions.to(self.typical_score)
         self.gamma = torch.tensor(gamma).to(self.typical_score)
         self.norm = torch.from_numpy(svm.coef_).norm().to(self.typical_score)
+
+    def _choose_gamma(self, rows: torch.Tensor) -> float:
+        """Return the inverse of the mean square distance of rows to the nearest of as many as there are centres."""
+        count = min(self.num_features, max(1, len(rows) // 2))
+        is_center = torch.zeros(len(rows), dtype=torch.bool)
+        is_center[torch.linspace(0, len(rows) - 1, count).long()] = True
+        others = rows[~is_center]
+        chosen = others[torch.linspace(0, len(others) - 1, min(len(others), _GAMMA_ROWS)).long()]
+        squared = torch.cdist(chosen, rows[is_center]).square().amin(dim=1) if len(others) else torch.zeros(1)
+        mean = squared.mean().item()
+        return 1 / mean if mean > torch.finfo(torch.float32).eps else 1.0
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return how far each embedding's features fall short of the hyperplane's direction.
@@ -142,7 +159,8 @@ class OneClassSvmScorer(_OneClassScorer):
                 - 2 * embeddings @ self.centers.T
                 + self.centers.square().sum(dim=-1)
             )
-            kernels = torch.exp(-self.gamma * squared.clamp(min=0))  # [..., F]
+            # Where nothing is near, the numbers would become so small that processors slow down.
+            kernels = torch.exp((-self.gamma * squared).clamp(_LEAST_EXPONENT, 0.0))  # [..., F]
             return (self.norm - kernels @ self.directions).clamp(min=0)
 
 

@@ -54,7 +54,7 @@ def test_scores_have_the_shape_of_the_grid_and_rise_with_abnormality(name: str) 
     assert near.dtype == torch.float32
     assert not near.requires_grad
     assert (near >= 0).all()
-    assert far.mean() > 1.2 * near.mean()
+    assert (far > near.mean()).float().mean() > 0.95
     assert torch.isfinite(far).all()
 
 

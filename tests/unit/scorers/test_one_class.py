@@ -28,11 +28,16 @@ def test_the_svm_is_scikit_learns() -> None:
     torch.testing.assert_close(scorer(queries), norm - decision, rtol=1e-3, atol=1e-3 * norm)
 
 
-def test_the_kernels_width_is_scikit_learns_scale() -> None:
-    rows = torch.randn(300, 8) * 3
-    scorer = OneClassSvmScorer(8)
+def test_the_kernel_is_as_wide_as_the_embeddings_lie_from_the_centres() -> None:
+    """Tight clusters far apart: the width is that of a cluster, not that of all embeddings."""
+    torch.manual_seed(0)
+    rows = 20 * torch.randn(5, 8).repeat(100, 1) + 0.1 * torch.randn(500, 8)
+    scorer = OneClassSvmScorer(8, num_features=100)
     scorer.fit([rows])
-    assert scorer.gamma.item() == pytest.approx(1 / (8 * rows.numpy().var()), rel=1e-4)
+    apart = torch.cdist(rows[:250], rows[250:]).min(dim=1).values.square().mean().item()
+    assert scorer.gamma.item() == pytest.approx(1 / apart, rel=0.5)
+    between = scorer((rows[0] + rows[1])[None] / 2)
+    assert between > scorer(rows).max()
 
 
 @pytest.mark.parametrize("nu", [0.05, 0.3])
