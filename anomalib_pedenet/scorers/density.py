@@ -38,8 +38,8 @@ class MixtureDensityScorer(Scorer):
     """
 
     log_weights: torch.Tensor
-    means: torch.Tensor
     whitening: torch.Tensor
+    shifts: torch.Tensor
     log_norms: torch.Tensor
 
     def __init__(
@@ -62,8 +62,8 @@ class MixtureDensityScorer(Scorer):
         # In a tuple, because a network that is an attribute would become a second entry of the state.
         self._density_network = (density_network,)
         self.register_buffer("log_weights", torch.zeros(0))  # log phi, [K]
-        self.register_buffer("means", torch.zeros(0, embedding_dim))  # mu, [K, Z]
         self.register_buffer("whitening", torch.zeros(0, embedding_dim, embedding_dim))  # W: W Sigma W^T = 1, [K, Z, Z]
+        self.register_buffer("shifts", torch.zeros(0, embedding_dim))  # W mu, [K, Z]
         self.register_buffer("log_norms", torch.zeros(0))  # -log|Sigma| / 2, [K]
         self._moments = _Moments()
         self._sample = UniformSubset(_TYPICAL_ROWS, seed)
@@ -90,7 +90,8 @@ class MixtureDensityScorer(Scorer):
             covariances = torch.diag_embed(covariances.diagonal(dim1=1, dim2=2))
         whitening = _whiten(covariances, self.jitter)
         self.log_weights = (counts / counts.sum()).log().to(self.typical_score)
-        self.means, self.whitening = means.to(self.typical_score), whitening.to(self.typical_score)
+        self.whitening = whitening.to(self.typical_score)
+        self.shifts = torch.einsum("kyz,kz->ky", whitening, means).to(self.typical_score)
         self.log_norms = whitening.diagonal(dim1=1, dim2=2).log().sum(dim=1).to(self.typical_score)
         sample = self._sample.build().to(self.typical_score)
         self._reset()
@@ -106,8 +107,9 @@ class MixtureDensityScorer(Scorer):
             torch.Tensor: Scores ``[...]`` in nats, float32.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
-            centered = embeddings.to(self.means.dtype)[..., None, :] - self.means  # [..., K, Z]
-            squared = torch.matmul(self.whitening, centered[..., None])[..., 0].square().sum(dim=-1)  # [..., K]
+            # One product for all components: W_k (z - mu_k) = W_k z - W_k mu_k.
+            whitened = embeddings.to(self.shifts.dtype) @ self.whitening.flatten(0, 1).T  # [..., K * Z]
+            squared = (whitened.unflatten(-1, self.shifts.shape) - self.shifts).square().sum(dim=-1)  # [..., K]
             heights = self.log_weights + self.log_norms  # of the components' peaks, but for the powers of 2 pi
             density = torch.logsumexp(heights - squared / 2, dim=-1)
             return (torch.logsumexp(heights, dim=0) - density).clamp(min=0)

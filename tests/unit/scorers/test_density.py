@@ -55,7 +55,7 @@ def test_a_component_without_embeddings_changes_nothing() -> None:
 def test_the_density_network_is_not_part_of_the_state() -> None:
     scorer = MixtureDensityScorer(8, density_network=DensityEstimationNetwork(4, 8))
     assert not list(scorer.parameters())
-    assert set(scorer.state_dict()) == {"typical_score", "log_weights", "means", "whitening", "log_norms"}
+    assert set(scorer.state_dict()) == {"typical_score", "log_weights", "whitening", "shifts", "log_norms"}
 
 
 def test_mahalanobis_distances_are_padims() -> None:
