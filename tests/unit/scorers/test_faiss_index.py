@@ -54,7 +54,7 @@ def test_approximate_indices_reach_the_recall_asked_for(index: str, recall: floa
 
 
 def test_quantised_distances_are_near_and_the_bank_small() -> None:
-    rows, queries = clustered(20_000), clustered(1000, seed=1)
+    rows, queries = clustered(6000), clustered(1000, seed=1)
     scorer = fitted(rows, index="pq")
     errors = (scorer(queries) / exact(rows)(queries) - 1).abs()
     assert errors.mean() < 0.2
