@@ -88,6 +88,24 @@ class UniformSubset(BankBuilder):
         return self.rows
 
 
+class _KCenterGreedy(KCenterGreedy):
+    """anomalib's, with the same memory for every round: taken anew for each, it scatters over gigabytes."""
+
+    min_distances: torch.Tensor | None
+
+    def update_distances(self, cluster_center: int | torch.Tensor | None) -> None:
+        """Update each row's distance to the nearest center with a new center."""
+        if cluster_center is None:
+            return
+        if self.min_distances is None:
+            self.min_distances = torch.full_like(self.features[:, :1], torch.inf)
+            self._differences = torch.empty_like(self.features)
+            self._distances = torch.empty_like(self.min_distances)
+        torch.sub(self.features, self.features[cluster_center], out=self._differences)
+        torch.linalg.vector_norm(self._differences, dim=1, keepdim=True, out=self._distances)
+        torch.minimum(self.min_distances, self._distances, out=self.min_distances)
+
+
 class KCenterCoreset(UniformSubset):
     """Greedy k-center, as PatchCore's: each next row is the one farthest from those chosen, so that none is far.
 
@@ -114,7 +132,7 @@ class KCenterCoreset(UniformSubset):
             if self.rows.shape[1] > _PROJECTED_DIM:
                 projected = self.rows @ (torch.randn(self.rows.shape[1], _PROJECTED_DIM) / _PROJECTED_DIM**0.5)
             # Half a row more, so that rounding down gives the size; three dimensions leave the projection out.
-            sampler = KCenterGreedy(projected[:, None], (self.bank_size + 0.5) / len(projected))
+            sampler = _KCenterGreedy(projected[:, None], (self.bank_size + 0.5) / len(projected))
             return self.rows[sampler.select_coreset_idxs()]
 
 
