@@ -266,12 +266,13 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         )
         validate(self.hparams)
 
+        self._scorer: str | dict[str, Any] = scorer or _SCORER_NAME
         self.model: PedenetModel = PedenetModel(
             patch_sizes=patch_sizes,
             scored_sizes=scored_sizes,
             stride=stride,
             combination=combination,
-            scorer=scorer or _SCORER_NAME,
+            scorer=self._scorer,
             bank_size=bank_size,
             coreset=coreset,
             embedding_dim=embedding_dim,
@@ -296,7 +297,6 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         self.automatic_optimization = False
         self._target_steps = self._usual_steps
         self._planned_steps = self._target_steps
-        self._scorer: str | dict[str, Any] = scorer or _SCORER_NAME
         self._pool: ImagePool | None = None
         self._held_back: _HeldBack | None = None
         self._last_metrics: dict[str, torch.Tensor] = {}  # means over the latest batch's steps

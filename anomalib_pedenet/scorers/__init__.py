@@ -10,7 +10,6 @@ subclass of :class:`Scorer`, and one line in :data:`SCORERS`.
 import importlib
 import inspect
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from anomalib_pedenet.scorers.base import Scorer
@@ -37,23 +36,23 @@ __all__ = [
     "scorer_class",
 ]
 
-SCORERS: dict[str, partial[Scorer]] = {
-    "exact": partial(NearestNeighborScorer),
-    "local": partial(LocalNearestNeighborScorer),
-    "faiss_flat": partial(FaissScorer, index="flat"),
-    "faiss_ivf": partial(FaissScorer, index="ivf"),
-    "faiss_hnsw": partial(FaissScorer, index="hnsw"),
-    "faiss_pq": partial(FaissScorer, index="pq"),
-    "density": partial(MixtureDensityScorer),
-    "mahalanobis": partial(MahalanobisScorer),
-    "ocsvm": partial(OneClassSvmScorer),
-    "svdd": partial(SvddScorer),
+SCORERS: dict[str, tuple[type[Scorer], dict[str, Any]]] = {
+    "exact": (NearestNeighborScorer, {}),
+    "local": (LocalNearestNeighborScorer, {}),
+    "faiss_flat": (FaissScorer, {"index": "flat"}),
+    "faiss_ivf": (FaissScorer, {"index": "ivf"}),
+    "faiss_hnsw": (FaissScorer, {"index": "hnsw"}),
+    "faiss_pq": (FaissScorer, {"index": "pq"}),
+    "density": (MixtureDensityScorer, {}),
+    "mahalanobis": (MahalanobisScorer, {}),
+    "ocsvm": (OneClassSvmScorer, {}),
+    "svdd": (SvddScorer, {}),
 }
-"""Scorers by name."""
+"""Scorers by name: the class, and arguments."""
 
 
-def _resolve(scorer: str | Mapping[str, Any]) -> partial[Scorer]:
-    """Return a scorer's class with the arguments that its name or ``init_args`` give.
+def _resolve(scorer: str | Mapping[str, Any]) -> tuple[type[Scorer], dict[str, Any]]:
+    """Return a scorer's class, and the arguments that its name and ``init_args`` give.
 
     Raises:
         ValueError: If it is neither a known name nor the path of a scorer's class.
@@ -61,14 +60,15 @@ def _resolve(scorer: str | Mapping[str, Any]) -> partial[Scorer]:
     name: str = scorer if isinstance(scorer, str) else scorer.get("class_path", "")
     arguments: dict[str, Any] = {} if isinstance(scorer, str) else dict(scorer.get("init_args") or {})
     if name in SCORERS:
-        return partial(SCORERS[name], **arguments)
+        known, given = SCORERS[name]
+        return known, given | arguments
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except (ImportError, ValueError, TypeError):
         found = None
     if isinstance(found, type) and issubclass(found, Scorer):
-        return partial(found, **arguments)
+        return found, arguments
     msg = (
         f"scorer must be one of {', '.join(map(repr, SCORERS))}, or a class_path (with init_args) of a subclass of "
         f"anomalib_pedenet.scorers.Scorer, got {scorer!r}."
@@ -88,8 +88,7 @@ def scorer_class(scorer: str | Mapping[str, Any]) -> type[Scorer]:
     Raises:
         ValueError: If it is neither a known name nor the path of a scorer's class.
     """
-    found = _resolve(scorer).func
-    return found if isinstance(found, type) else Scorer
+    return _resolve(scorer)[0]
 
 
 def make_scorer(scorer: str | Mapping[str, Any], **options: Any) -> Scorer:  # noqa: ANN401 - arguments of any scorer
@@ -111,14 +110,13 @@ def make_scorer(scorer: str | Mapping[str, Any], **options: Any) -> Scorer:  # n
         >>> make_scorer({"class_path": "exact", "init_args": {"num_neighbors": 3}}, bank_size=100).bank_size
         100
     """
-    factory = _resolve(scorer)
-    known = set(inspect.signature(factory.func).parameters)
-    unknown = set(factory.keywords) - known
+    kind, arguments = _resolve(scorer)
+    known = set(inspect.signature(kind).parameters)
+    unknown = set(arguments) - known
     if unknown:
         msg = (
-            f"The scorer {factory.func.__name__} has no argument {', '.join(sorted(unknown))}; it has "
+            f"The scorer {kind.__name__} has no argument {', '.join(sorted(unknown))}; it has "
             f"{', '.join(sorted(known - {'embedding_dim', 'density_network'}))}."
         )
         raise ValueError(msg)
-    made: Scorer = factory(**{name: value for name, value in options.items() if name in known - set(factory.keywords)})
-    return made
+    return kind(**{name: value for name, value in options.items() if name in known} | arguments)

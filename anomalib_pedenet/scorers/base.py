@@ -45,7 +45,10 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
         self.embedding_dim = embedding_dim
         self.seed = seed
         self.register_buffer("typical_score", torch.ones(()))
-        self._num_updates: int | None = None  # of the fit under way
+        # Of the fit under way: batches so far, embeddings that will come in, and size of the grids.
+        self._num_updates: int | None = None
+        self._num_expected: int | None = None
+        self._grid: tuple[int, int] | None = None
 
     @property
     @abstractmethod
@@ -64,8 +67,8 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
         """
 
     @abstractmethod
-    def _reset(self, num_embeddings: int | None = None) -> None:
-        """Start a new fit on so many embeddings, as far as that is known."""
+    def _reset(self) -> None:
+        """Start a new fit."""
 
     @abstractmethod
     def _update(self, embeddings: torch.Tensor) -> None:
@@ -81,8 +84,10 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
         Args:
             num_embeddings (int | None): How many embeddings will come in, if that is known.
         """
-        self._reset(num_embeddings)
+        self._num_expected = num_embeddings
+        self._reset()
         self._num_updates = 0
+        self._grid = None
 
     def update(self, embeddings: torch.Tensor) -> None:
         """Take in a batch of normal embeddings.
@@ -102,6 +107,8 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
             msg = "Embeddings of normal images are NaN or infinite; the training diverged: lower the learning_rate."
             raise ValueError(msg)
         if embeddings.numel():
+            if self.by_place:
+                self._note_grid((embeddings.shape[1], embeddings.shape[2]))
             embeddings = embeddings.detach().float()
             self._update(embeddings if self.by_place else embeddings.reshape(-1, self.embedding_dim))
             self._num_updates += 1
@@ -159,3 +166,30 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
         if not is_right_rank or embeddings.shape[-1] != self.embedding_dim:
             msg = f"Embeddings must be {wanted}, got {tuple(embeddings.shape)}."
             raise ValueError(msg)
+
+    def _note_grid(self, grid: tuple[int, int]) -> None:
+        """Note the size of the grids that come in.
+
+        Raises:
+            ValueError: If it is another than before.
+        """
+        if self._grid not in (None, grid):
+            msg = f"Images of different sizes: grids of {self._grid} and {grid} patches cannot be compared by place."
+            raise ValueError(msg)
+        self._grid = grid
+
+    def _check_places(self, embeddings: torch.Tensor, fitted: torch.Tensor) -> None:
+        """Check that a grid of embeddings has the places that were fitted, the first two dimensions of ``fitted``.
+
+        Raises:
+            ValueError: If it has not.
+        """
+        self._check_shape(embeddings)
+        (height, width), (rows, columns) = embeddings.shape[1:3], fitted.shape[:2]
+        if torch.jit.is_tracing() or torch.compiler.is_compiling() or (height, width) == (rows, columns):
+            return
+        msg = (
+            f"The scorer knows {rows}x{columns} places, but the image has {height}x{width}: it compares patches of the "
+            "same place, so keep the image_size and the stride of the training, or use the scorer 'exact'."
+        )
+        raise ValueError(msg)

@@ -106,16 +106,12 @@ class _KCenterGreedy(KCenterGreedy):
         torch.minimum(self.min_distances, self._distances, out=self.min_distances)
 
 
-class KCenterCoreset(UniformSubset):
-    """Greedy k-center, as PatchCore's: each next row is the one farthest from those chosen, so that none is far.
-
-    anomalib's ``KCenterGreedy`` chooses, from a uniform subset of :data:`POOL_FACTOR` times the size, by distances in a
-    random projection to 16 dimensions. Its own projection is left out: made for thousands of dimensions, it would
-    raise 64 to some 300.
+class _PoolCoreset(UniformSubset):
+    """A bank chosen at the end, from a uniform subset of :data:`POOL_FACTOR` times its size.
 
     Args:
         size (int): Number of rows.
-        seed (int): Seed of the subset, the projection and the first row.
+        seed (int): Seed of the subset and of the choice.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
@@ -123,9 +119,22 @@ class KCenterCoreset(UniformSubset):
         self.bank_size = size
 
     def build(self) -> torch.Tensor:
-        """Return the chosen rows; all of them if they are no more than the size."""
-        if len(self.rows) <= self.bank_size:
-            return self.rows
+        """Return the bank; all rows if they are no more than its size."""
+        return self.rows if len(self.rows) <= self.bank_size else self._choose()
+
+    @abstractmethod
+    def _choose(self) -> torch.Tensor:
+        """Return ``bank_size`` rows that stand for the pool."""
+
+
+class KCenterCoreset(_PoolCoreset):
+    """Greedy k-center, as PatchCore's: each next row is the one farthest from those chosen, so that none is far.
+
+    anomalib's ``KCenterGreedy`` chooses, by distances in a random projection to 16 dimensions. Its own projection is
+    left out: made for thousands of dimensions, it would raise 64 to some 300.
+    """
+
+    def _choose(self) -> torch.Tensor:
         with torch.random.fork_rng(devices=[]):  # KCenterGreedy draws its first row from the global generator
             torch.manual_seed(self.seed)
             projected = self.rows
@@ -136,22 +145,10 @@ class KCenterCoreset(UniformSubset):
             return self.rows[sampler.select_coreset_idxs()]
 
 
-class KMeansCoreset(UniformSubset):
-    """Centroids of k-means (scikit-learn's ``MiniBatchKMeans``): means of similar rows instead of rows.
+class KMeansCoreset(_PoolCoreset):
+    """Centroids of k-means (scikit-learn's ``MiniBatchKMeans``): means of similar rows instead of rows."""
 
-    Args:
-        size (int): Number of centroids.
-        seed (int): Seed of the uniform subset of :data:`POOL_FACTOR` times the size, and of k-means.
-    """
-
-    def __init__(self, size: int, seed: int = 0) -> None:
-        super().__init__(size * POOL_FACTOR, seed)
-        self.bank_size = size
-
-    def build(self) -> torch.Tensor:
-        """Return the centroids; the rows themselves if they are no more than the size."""
-        if len(self.rows) <= self.bank_size:
-            return self.rows
+    def _choose(self) -> torch.Tensor:
         from sklearn.cluster import MiniBatchKMeans
 
         start = time.monotonic()

@@ -12,7 +12,6 @@ import torch
 from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.scorers.base import Scorer
 from anomalib_pedenet.scorers.coreset import UniformSubset
-from anomalib_pedenet.scorers.local import check_grid
 
 # The typical score is estimated on at most this many normal embeddings.
 _TYPICAL_ROWS = 1_024
@@ -73,8 +72,7 @@ class MixtureDensityScorer(Scorer):
         """Whether there is a mixture."""
         return len(self.log_weights) > 0
 
-    def _reset(self, num_embeddings: int | None = None) -> None:
-        del num_embeddings
+    def _reset(self) -> None:
         self._moments = _Moments()
         self._sample = UniformSubset(_TYPICAL_ROWS, self.seed)
 
@@ -144,25 +142,17 @@ class MahalanobisScorer(Scorer):
         self.jitter = jitter
         self.register_buffer("means", torch.zeros(0, 0, embedding_dim))  # [h, w, Z]
         self.register_buffer("whitening", torch.zeros(0, 0, embedding_dim, embedding_dim))  # [h, w, Z, Z]
-        self._moments = _Moments()
-        self._grid: tuple[int, int] | None = None  # of the fit under way
+        self._moments = _Moments()  # of the fit under way
 
     @property
     def is_fitted(self) -> bool:
         """Whether there are Gaussians."""
         return self.means.shape[0] > 0
 
-    def _reset(self, num_embeddings: int | None = None) -> None:
-        del num_embeddings
+    def _reset(self) -> None:
         self._moments = _Moments()
-        self._grid = None
 
     def _update(self, embeddings: torch.Tensor) -> None:
-        grid = (embeddings.shape[1], embeddings.shape[2])
-        if self._grid not in (None, grid):
-            msg = f"Images of different sizes: grids of {self._grid} and {grid} patches cannot be compared by place."
-            raise ValueError(msg)
-        self._grid = grid
         places = embeddings.flatten(1, 2).transpose(0, 1)  # [h * w, B, Z]
         self._moments.update(places, places.new_ones(places.shape[:2]))
 
@@ -190,8 +180,7 @@ class MahalanobisScorer(Scorer):
         Raises:
             ValueError: If the grid has another size.
         """
-        self._check_shape(embeddings)
-        check_grid((embeddings.shape[1], embeddings.shape[2]), (self.means.shape[0], self.means.shape[1]))
+        self._check_places(embeddings, self.means)
         with torch.autocast(embeddings.device.type, enabled=False):
             centered = (embeddings.to(self.means.dtype) - self.means).permute(1, 2, 3, 0)  # [h, w, Z, B]
             squared = torch.matmul(self.whitening, centered).square().sum(dim=2)  # [h, w, B]

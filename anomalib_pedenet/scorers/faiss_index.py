@@ -36,8 +36,8 @@ _QUANTIZER_ROUNDS = 10
 # never find them all.
 _LEAST_GAIN = 0.002
 
-# First bytes of a serialised index: type (4 characters), dimension (int32), number of rows (int64).
-_HEADER = struct.Struct("<4siq")
+# First bytes of a serialised index: type (4 characters) and dimension (int32).
+_HEADER = struct.Struct("<4si")
 
 
 class FaissScorer(MemoryBankScorer):
@@ -81,11 +81,8 @@ class FaissScorer(MemoryBankScorer):
         recall: float = 0.95,
         all_gpus: bool = False,
     ) -> None:
-        super().__init__(embedding_dim, bank_size, coreset, seed)
+        super().__init__(embedding_dim, bank_size, coreset, seed, num_neighbors)
         faiss = _import_faiss()
-        if num_neighbors < 1:
-            msg = f"num_neighbors must be at least 1, got {num_neighbors}."
-            raise ValueError(msg)
         if not 0 < recall <= 1:
             msg = f"recall must be above 0 and at most 1, got {recall}."
             raise ValueError(msg)
@@ -97,7 +94,6 @@ class FaissScorer(MemoryBankScorer):
                 msg = f"index must be one of {names}, or a string for faiss.index_factory, got {index!r}."
                 raise ValueError(msg) from error
         self.index = index
-        self.num_neighbors = num_neighbors
         self.recall = recall
         self.all_gpus = all_gpus
         self.register_buffer("index_bytes", torch.zeros(0, dtype=torch.uint8))  # the serialised index, on the CPU
@@ -113,7 +109,6 @@ class FaissScorer(MemoryBankScorer):
         return self.__dict__ | {"_loaded": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - of torch
-        self._loaded = None
         self.index_bytes = self.index_bytes.clone()  # a tensor that NumPy has seen cannot be resized
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -250,10 +245,10 @@ def check_index_bytes(index_bytes: torch.Tensor, digest: torch.Tensor, embedding
         ValueError: If they are not the bytes that were saved, or not those of an index of that dimension.
     """
     remedy = "copy the checkpoint again from its source, or build the memory bank anew by training."
-    if not torch.equal(_digest(index_bytes), digest.cpu()):
+    if not torch.equal(_digest(index_bytes), digest):
         msg = f"The faiss index in the checkpoint is damaged: its checksum does not fit its bytes; {remedy}"
         raise ValueError(msg)
-    kind, dimension, _ = _HEADER.unpack_from(index_bytes.numpy().tobytes()[: _HEADER.size].ljust(_HEADER.size, b"\0"))
+    kind, dimension = _HEADER.unpack(index_bytes[: _HEADER.size].numpy().tobytes().ljust(_HEADER.size, b"\0"))
     if kind[:1] != b"I" or dimension != embedding_dim:
         msg = (
             f"The checkpoint holds no faiss index of dimension {embedding_dim} (found {kind!r}, {dimension}); {remedy}"
@@ -263,7 +258,7 @@ def check_index_bytes(index_bytes: torch.Tensor, digest: torch.Tensor, embedding
 
 def _digest(index_bytes: torch.Tensor) -> torch.Tensor:
     """Return the SHA-256 of bytes as a tensor ``[32]``."""
-    return torch.tensor(list(hashlib.sha256(index_bytes.cpu().numpy().tobytes()).digest()), dtype=torch.uint8)
+    return torch.tensor(list(hashlib.sha256(index_bytes.numpy()).digest()), dtype=torch.uint8)
 
 
 def _import_faiss() -> ModuleType:
@@ -284,11 +279,15 @@ def _import_faiss() -> ModuleType:
     return faiss
 
 
+def _behind_transform(faiss: ModuleType, index: Any) -> Any:  # noqa: ANN401
+    """Return the index that searches, behind a transform of the embeddings if there is one."""
+    index = faiss.downcast_index(index)
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
 def _prepare_clustering(faiss: ModuleType, index: Any, seed: int) -> None:  # noqa: ANN401
     """Seed the k-means of an inverted file or a product quantiser, and bound its work."""
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        index = faiss.downcast_index(index.index)
+    index = _behind_transform(faiss, index)
     clusterings = [index.cp] if isinstance(index, faiss.IndexIVF) else []
     if isinstance(index, faiss.IndexPQ | faiss.IndexIVFPQ):
         clusterings.append(index.pq.cp)
@@ -300,9 +299,7 @@ def _prepare_clustering(faiss: ModuleType, index: Any, seed: int) -> None:  # no
 
 def _search_width(faiss: ModuleType, index: Any) -> tuple[str, int, int]:  # noqa: ANN401
     """Return what says how widely an index is searched: the parameter's name ("" if none), value and largest value."""
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        index = faiss.downcast_index(index.index)
+    index = _behind_transform(faiss, index)
     if isinstance(index, faiss.IndexIVF):
         return "nprobe", index.nprobe, index.nlist
     if _is_graph(faiss, index):

@@ -3,13 +3,14 @@
 
 """Nearest neighbour among the normal patches of a patch's own place."""
 
-from collections.abc import Iterator
+from itertools import product
 from typing import ClassVar
 
 import torch
 
 from anomalib_pedenet.scorers.base import Scorer
 from anomalib_pedenet.scorers.coreset import UniformSubset
+from anomalib_pedenet.scorers.nearest_neighbor import append_norms, append_ones, to_distances
 
 
 class LocalNearestNeighborScorer(Scorer):
@@ -31,8 +32,7 @@ class LocalNearestNeighborScorer(Scorer):
     """
 
     by_place: ClassVar[bool] = True
-    bank: torch.Tensor
-    half_norms: torch.Tensor
+    rows: torch.Tensor
     mean: torch.Tensor
 
     def __init__(self, embedding_dim: int = 64, seed: int = 0, radius: int = 0, max_images: int = 256) -> None:
@@ -45,36 +45,31 @@ class LocalNearestNeighborScorer(Scorer):
             raise ValueError(msg)
         self.radius = radius
         self.max_images = max_images
-        self.register_buffer("bank", torch.zeros(0, 0, 0, embedding_dim))  # [h, w, N, Z], relative to `mean`
-        self.register_buffer("half_norms", torch.zeros(0, 0, 0))  # |b|^2 / 2, [h, w, N]
+        self.register_buffer("rows", torch.zeros(0, 0, 0, embedding_dim + 1))  # b, relative to `mean`, and -|b|^2 / 2
         self.register_buffer("mean", torch.zeros(embedding_dim))  # [Z]
-        self._images = UniformSubset(max_images, seed)
-        self._grid: tuple[int, int] | None = None  # of the fit under way
+        self._images = UniformSubset(max_images, seed)  # of the fit under way
 
     @property
     def is_fitted(self) -> bool:
         """Whether there are normal images to compare with."""
-        return self.bank.shape[0] > 0
+        return len(self.rows) > 0
 
-    def _reset(self, num_embeddings: int | None = None) -> None:
-        del num_embeddings
+    @property
+    def bank(self) -> torch.Tensor:
+        """The normal embeddings by place, ``[h, w, N, Z]``, relative to their mean."""
+        return self.rows[..., :-1]
+
+    def _reset(self) -> None:
         self._images = UniformSubset(self.max_images, self.seed)
-        self._grid = None
 
     def _update(self, embeddings: torch.Tensor) -> None:
-        grid = (embeddings.shape[1], embeddings.shape[2])
-        if self._grid not in (None, grid):
-            msg = f"Images of different sizes: grids of {self._grid} and {grid} patches cannot be compared by place."
-            raise ValueError(msg)
-        self._grid = grid
         self._images.update(embeddings.flatten(1))
 
     def _finalize(self) -> torch.Tensor:
         grids = self._images.build().to(self.mean).reshape(-1, *(self._grid or (0, 0)), self.embedding_dim)
-        self._images = UniformSubset(self.max_images, self.seed)
+        self._reset()
         self.mean = grids.mean(dim=(0, 1, 2))
-        self.bank = (grids - self.mean).permute(1, 2, 0, 3).contiguous()
-        self.half_norms = self.bank.square().sum(dim=-1) / 2
+        self.rows = append_norms((grids - self.mean).permute(1, 2, 0, 3).contiguous())
         return self._typical_score()
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -89,72 +84,43 @@ class LocalNearestNeighborScorer(Scorer):
         Raises:
             ValueError: If the grid has another size.
         """
-        self._check_shape(embeddings)
-        check_grid((embeddings.shape[1], embeddings.shape[2]), (self.bank.shape[0], self.bank.shape[1]))
+        self._check_places(embeddings, self.rows)
         with torch.autocast(embeddings.device.type, enabled=False):
-            queries = (embeddings.to(self.bank.dtype) - self.mean).permute(1, 2, 0, 3)  # [h, w, B, Z]
-            similarity = self._similarity(queries)
-            squared = queries.square().sum(dim=-1) - 2 * similarity
-            return squared.clamp(min=0).sqrt().permute(2, 0, 1)
+            queries = append_ones((embeddings.to(self.rows.dtype) - self.mean).permute(1, 2, 0, 3))  # [h, w, B, Z + 1]
+            return to_distances(queries, self._nearest(queries, self.rows)).permute(2, 0, 1)
 
-    def _similarity(self, queries: torch.Tensor, left_out: int | None = None) -> torch.Tensor:
+    def _nearest(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Return ``max_b (q.b - |b|^2 / 2)``, ``[h, w, B]``, over the normal patches near each place.
 
         Args:
-            queries (torch.Tensor): Centred queries ``[h, w, B, Z]``.
-            left_out (int | None): Normal image that is left out.
+            queries (torch.Tensor): Queries ``[h, w, B, Z + 1]``.
+            rows (torch.Tensor): Rows ``[h, w, N, Z + 1]`` to compare with.
         """
-        bank, half_norms = self.bank, self.half_norms
-        if left_out is not None:
-            others = torch.arange(bank.shape[2], device=bank.device) != left_out
-            bank, half_norms = bank[:, :, others], half_norms[:, :, others]
-        best = torch.matmul(queries, bank.transpose(-1, -2)).sub(half_norms[:, :, None]).amax(dim=-1)
-        height, width = bank.shape[:2]
-        for row, column in self._shifts():
+        best = (queries @ rows.transpose(-1, -2)).amax(dim=-1)
+        height, width = rows.shape[:2]
+        down, right = min(self.radius, height - 1), min(self.radius, width - 1)
+        for row, column in product(range(-down, down + 1), range(-right, right + 1)):
+            if (row, column) == (0, 0):
+                continue
             # Places whose neighbour at this shift lies in the image, and those neighbours.
-            rows, columns = _overlap(height, row), _overlap(width, column)
-            theirs = _moved(rows, row), _moved(columns, column)
-            similarity = torch.matmul(queries[rows, columns], bank[theirs].transpose(-1, -2))
-            similarity = similarity.sub(half_norms[theirs][:, :, None]).amax(dim=-1)
-            padding = (0, 0, columns.start, width - columns.stop, rows.start, height - rows.stop)
+            ours = _overlap(height, row), _overlap(width, column)
+            theirs = _moved(ours[0], row), _moved(ours[1], column)
+            similarity = (queries[ours] @ rows[theirs].transpose(-1, -2)).amax(dim=-1)
+            padding = (0, 0, ours[1].start, width - ours[1].stop, ours[0].start, height - ours[0].stop)
             best = torch.maximum(best, torch.nn.functional.pad(similarity, padding, value=-torch.inf))
         return best
 
-    def _shifts(self) -> Iterator[tuple[int, int]]:
-        """Yield every shift but (0, 0) within the radius and the image."""
-        height, width = self.bank.shape[:2]
-        down, right = min(self.radius, height - 1), min(self.radius, width - 1)
-        for row in range(-down, down + 1):
-            for column in range(-right, right + 1):
-                if (row, column) != (0, 0):
-                    yield row, column
-
     def _typical_score(self) -> torch.Tensor:
         """Return the mean distance from a normal image's patches to those of the others (not finite for one image)."""
-        if self.bank.shape[2] < 2:
+        num_images = self.rows.shape[2]
+        if num_images < 2:
             return torch.tensor(torch.nan)
-        count = min(self.bank.shape[2], 8)
-        total = torch.zeros((), device=self.bank.device)
-        for image in torch.linspace(0, self.bank.shape[2] - 1, count).long().tolist():
-            queries = self.bank[:, :, image : image + 1]
-            squared = queries.square().sum(dim=-1) - 2 * self._similarity(queries, image)
-            total += squared.clamp(min=0).sqrt().mean()
-        return total / count
-
-
-def check_grid(grid: tuple[int, int], fitted: tuple[int, int]) -> None:
-    """Check that a grid has the size of those that a scorer was fitted on.
-
-    Raises:
-        ValueError: If it has not.
-    """
-    if torch.jit.is_tracing() or torch.compiler.is_compiling() or grid == fitted:
-        return
-    msg = (
-        f"The scorer knows {fitted[0]}x{fitted[1]} places, but the image has {grid[0]}x{grid[1]}: it compares patches "
-        "of the same place, so keep the image_size and the stride of the training, or use the scorer 'exact'."
-    )
-    raise ValueError(msg)
+        scores = []
+        for image in torch.linspace(0, num_images - 1, min(num_images, 8)).long().tolist():
+            others = torch.arange(num_images, device=self.rows.device) != image
+            queries = append_ones(self.bank[:, :, image : image + 1])
+            scores.append(to_distances(queries, self._nearest(queries, self.rows[:, :, others])).mean())
+        return torch.stack(scores).mean()
 
 
 def _overlap(length: int, shift: int) -> slice:

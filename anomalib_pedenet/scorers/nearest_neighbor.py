@@ -32,30 +32,41 @@ class MemoryBankScorer(Scorer):
         coreset (Coreset): How they are chosen: ``"uniform"``, ``"k_center"`` or ``"k_means"``, see
             :mod:`anomalib_pedenet.scorers.coreset`. Defaults to ``"uniform"``.
         seed (int): Seed of that choice. Defaults to ``0``.
+        num_neighbors (int): Number k of nearest rows whose mean distance is the score; all rows if the bank has fewer.
+            Defaults to ``1``.
 
     Raises:
-        ValueError: If ``bank_size`` is not positive or ``coreset`` is unknown.
+        ValueError: If ``bank_size`` or ``num_neighbors`` is outside its range, or ``coreset`` is unknown.
     """
 
     encodes_position: ClassVar[bool] = True
 
     def __init__(
-        self, embedding_dim: int = 64, bank_size: float = 50_000, coreset: Coreset = "uniform", seed: int = 0
+        self,
+        embedding_dim: int = 64,
+        bank_size: float = 50_000,
+        coreset: Coreset = "uniform",
+        seed: int = 0,
+        num_neighbors: int = 1,
     ) -> None:
         super().__init__(embedding_dim, seed)
         check_bank_size(bank_size)
+        if num_neighbors < 1:
+            msg = f"num_neighbors must be at least 1, got {num_neighbors}."
+            raise ValueError(msg)
         make_bank_builder(coreset, 1)  # an unknown name should be refused now
         self.bank_size = bank_size
         self.coreset: Coreset = coreset
+        self.num_neighbors = num_neighbors
         self._builder: BankBuilder | None = None  # of a fit under way
 
-    def _reset(self, num_embeddings: int | None = None) -> None:
+    def _reset(self) -> None:
         size = self.bank_size
         if size < 1:
-            if num_embeddings is None:
+            if self._num_expected is None:
                 msg = f"bank_size {size:g} is a fraction, but the number of embeddings is not known: give it in rows."
                 raise ValueError(msg)
-            size = max(1, round(size * num_embeddings))
+            size = max(1, round(size * self._num_expected))
         self._builder = make_bank_builder(self.coreset, int(size), self.seed)
 
     def _update(self, embeddings: torch.Tensor) -> None:
@@ -85,6 +96,29 @@ def check_bank_size(bank_size: float) -> None:
             f"bank_size must be a number of rows, at least 1, or a fraction of all embeddings below 1, got {bank_size}."
         )
         raise ValueError(msg)
+
+
+def append_norms(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows b ``[..., Z]`` as ``[b, -|b|^2 / 2]``, whose product with ``[q, 1]`` is ``q.b - |b|^2 / 2``."""
+    return torch.cat([rows, -rows.square().sum(dim=-1, keepdim=True) / 2], dim=-1)
+
+
+def append_ones(queries: torch.Tensor) -> torch.Tensor:
+    """Return queries q ``[..., Z]`` as ``[q, 1]``, see :func:`append_norms`."""
+    return torch.cat([queries, torch.ones_like(queries[..., :1])], dim=-1)
+
+
+def to_distances(queries: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+    """Return the distances ``|q - b|`` of queries ``[q, 1]`` whose products ``q.b - |b|^2 / 2`` are given.
+
+    Args:
+        queries (torch.Tensor): ``[..., Z + 1]``.
+        products (torch.Tensor): ``[...]``.
+
+    Returns:
+        torch.Tensor: Distances ``[...]``.
+    """
+    return (queries[..., :-1].square().sum(dim=-1) - 2 * products).clamp(min=0).sqrt()
 
 
 class NearestNeighborScorer(MemoryBankScorer):
@@ -127,14 +161,10 @@ class NearestNeighborScorer(MemoryBankScorer):
         num_neighbors: int = 1,
         reweight_neighbors: int = 0,
     ) -> None:
-        super().__init__(embedding_dim, bank_size, coreset, seed)
-        if num_neighbors < 1:
-            msg = f"num_neighbors must be at least 1, got {num_neighbors}."
-            raise ValueError(msg)
+        super().__init__(embedding_dim, bank_size, coreset, seed, num_neighbors)
         if reweight_neighbors < 0:
             msg = f"reweight_neighbors must be at least 0, got {reweight_neighbors}."
             raise ValueError(msg)
-        self.num_neighbors = num_neighbors
         self.reweight_neighbors = reweight_neighbors
         self.register_buffer("rows", torch.zeros(0, embedding_dim + 1))  # b, relative to `mean`, and -|b|^2 / 2
         self.register_buffer("mean", torch.zeros(embedding_dim))  # [Z]
@@ -151,8 +181,7 @@ class NearestNeighborScorer(MemoryBankScorer):
 
     def _set_bank(self, rows: torch.Tensor) -> torch.Tensor:
         self.mean = rows.mean(dim=0)
-        centered = rows - self.mean
-        self.rows = torch.cat([centered, -centered.square().sum(dim=1, keepdim=True) / 2], dim=1)
+        self.rows = append_norms(rows - self.mean)
         return self._typical_score()
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -204,8 +233,7 @@ class NearestNeighborScorer(MemoryBankScorer):
 
     def _prepare(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return embeddings ``[..., Z]`` as queries ``[..., Z + 1]``: relative to the mean, and a 1."""
-        queries = embeddings.detach().to(self.rows.dtype) - self.mean
-        return torch.cat([queries, torch.ones_like(queries[..., :1])], dim=-1)
+        return append_ones(embeddings.detach().to(self.rows.dtype) - self.mean)
 
     def _score_in_tiles(self, queries: torch.Tensor) -> torch.Tensor:
         """Return the scores ``[N]`` of prepared queries ``[N, Z + 1]``, by products that stay in a core's cache.
@@ -228,14 +256,12 @@ class NearestNeighborScorer(MemoryBankScorer):
             products (Iterable[torch.Tensor]): ``q.b - |b|^2 / 2``, ``[..., P, m]`` for m rows after the other.
             queries (torch.Tensor): The queries.
         """
-        squares = queries[..., :-1].square().sum(dim=-1)
         count = min(self.num_neighbors, len(self.rows))
         if count == 1:
-            nearest = reduce(torch.maximum, (product.amax(dim=-1) for product in products))  # [..., P]
-            return (squares - 2 * nearest).clamp(min=0).sqrt()
+            return to_distances(queries, reduce(torch.maximum, (product.amax(dim=-1) for product in products)))
         best = torch.cat([product.topk(min(count, product.shape[-1]), dim=-1).values for product in products], dim=-1)
         best = best.topk(count, dim=-1).values  # [..., P, k]
-        return (squares[..., None] - 2 * best).clamp(min=0).sqrt().mean(dim=-1)
+        return to_distances(queries[..., None, :], best).mean(dim=-1)
 
     def _typical_score(self) -> torch.Tensor:
         """Return the mean score of rows of the bank against the others (not finite where that is undefined)."""
@@ -245,5 +271,4 @@ class NearestNeighborScorer(MemoryBankScorer):
         similarity = queries @ self.rows.T  # [count, M]
         similarity[torch.arange(count, device=self.rows.device), chosen] = -torch.inf
         neighbors = max(1, min(self.num_neighbors, len(self.rows) - 1))
-        squared = queries[:, :-1].square().sum(dim=1)[:, None] - 2 * similarity.topk(neighbors, dim=1).values
-        return squared.clamp(min=0).sqrt().mean()
+        return to_distances(queries[:, None], similarity.topk(neighbors, dim=1).values).mean()

@@ -43,8 +43,7 @@ class _OneClassScorer(Scorer):
         self.max_rows = max_rows
         self._rows = UniformSubset(max_rows, seed)  # of a fit under way
 
-    def _reset(self, num_embeddings: int | None = None) -> None:
-        del num_embeddings
+    def _reset(self) -> None:
         self._rows = UniformSubset(self.max_rows, self.seed)
 
     def _update(self, embeddings: torch.Tensor) -> None:
