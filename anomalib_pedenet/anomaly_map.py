@@ -87,12 +87,15 @@ def scores_to_map(scores: torch.Tensor, image_size: tuple[int, int], patch_size:
     return (rows @ scores @ columns.T)[:, None]
 
 
-def combine_maps(maps: Sequence[torch.Tensor], combination: Combination = "product") -> torch.Tensor:
+def combine_maps(
+    maps: Sequence[torch.Tensor], weights: Sequence[float] | None = None, combination: Combination = "product"
+) -> torch.Tensor:
     """Join the anomaly maps of several scales.
 
     Args:
         maps (Sequence[torch.Tensor]): Non-negative maps of equal shape, each divided by the typical score of normal
             patches at its scale.
+        weights (Sequence[float] | None): How much each map counts, above 0. Defaults to all alike.
         combination (Combination): ``"product"`` for the geometric mean, which ranks pixels as the product does and
             keeps the unit; ``"mean"`` for the arithmetic mean. Defaults to ``"product"``.
 
@@ -102,10 +105,12 @@ def combine_maps(maps: Sequence[torch.Tensor], combination: Combination = "produ
     Raises:
         ValueError: If ``combination`` is unknown.
     """
-    stacked = torch.stack(tuple(maps))
+    weights = weights or [1.0] * len(maps)
+    shares = [weight / sum(weights) for weight in weights]
     if combination == "product":
-        return stacked.prod(dim=0) if len(maps) == 1 else stacked.prod(dim=0).pow(1 / len(maps))
+        factors = [scores if share == 1 else scores.pow(share) for scores, share in zip(maps, shares, strict=True)]
+        return torch.stack(factors).prod(dim=0)
     if combination == "mean":
-        return stacked.mean(dim=0)
+        return torch.stack([share * scores for scores, share in zip(maps, shares, strict=True)]).sum(dim=0)
     msg = f"combination must be 'product' or 'mean', got {combination!r}."
     raise ValueError(msg)

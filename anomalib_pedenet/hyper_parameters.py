@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 from anomalib_pedenet.anomaly_map import Combination
 from anomalib_pedenet.loss import DensityLossType
 from anomalib_pedenet.mixture import CovarianceType
-from anomalib_pedenet.patches import BASE_STRIDE, PATCH_SIZE, SUB_PATCH_SIZE, minimum_training_size
+from anomalib_pedenet.patches import BASE_STRIDE, MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE, minimum_training_size
 from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.scorers.nearest_neighbor import check_bank_size
+from anomalib_pedenet.torch_model import default_scored_sizes
 
 TrainingMode = Literal["dense", "patchwise"]
 LearningRateSchedule = Literal["one_cycle", "constant"]
@@ -50,7 +51,7 @@ def validate(hparams: Mapping[str, Any]) -> None:
         "num_components",
         "crops_per_step",
         "pairs_per_step",
-        *(() if hparams["max_steps"] is None else ("max_steps",)),
+        "max_steps",
     )
     at_least_zero = (
         "color_shift",
@@ -108,9 +109,13 @@ def _validate_sizes(hparams: Mapping[str, Any]) -> None:
     if not sizes or len(set(sizes)) < len(sizes) or not set(sizes) <= {SUB_PATCH_SIZE, PATCH_SIZE}:
         msg = f"patch_sizes must be [{SUB_PATCH_SIZE}], [{PATCH_SIZE}] or both, got {sizes}."
         raise ValueError(msg)
-    scored = [min(sizes)] if hparams["scored_sizes"] is None else list(hparams["scored_sizes"])
-    if not scored or len(set(scored)) < len(scored) or not set(scored) <= set(sizes):
-        msg = f"scored_sizes must be one or more of patch_sizes ({sizes}), or None, got {scored}."
+    given = hparams["scored_sizes"]
+    scored = list(default_scored_sizes(sizes) if given is None else given)
+    if not scored or len(set(scored)) < len(scored) or not set(scored) <= {*sizes, *MID_LEVEL_SIZES}:
+        msg = (
+            f"scored_sizes must be one or more of patch_sizes ({sizes}) and the mid-level sizes "
+            f"{', '.join(map(str, MID_LEVEL_SIZES))}, or None, got {scored}."
+        )
         raise ValueError(msg)
     for name in ("stride", "bank_stride"):
         if not BASE_STRIDE <= hparams[name] <= min(scored) or hparams[name] % BASE_STRIDE:

@@ -39,7 +39,7 @@ from anomalib_pedenet.anomaly_map import Combination
 from anomalib_pedenet.criterion import draw_test_defects, drawn_defect_auroc
 from anomalib_pedenet.hyper_parameters import LearningRateSchedule, TrainingMode, TrainPrecision, validate
 from anomalib_pedenet.image_pool import ImagePool
-from anomalib_pedenet.loss import DensityLossType, PedenetLoss
+from anomalib_pedenet.loss import DensityLossType, PedenetLoss, synthetic_weight
 from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.post_processor import PedenetPostProcessor
@@ -62,28 +62,16 @@ _POSITION_IMAGES = 32
 
 _MAX_HELD_BACK = 32
 
-# Entry of a checkpoint: the length of the training, which a resumed one takes up.
-_TARGET_STEPS = "pedenet_target_steps"
-
 # Entry of a checkpoint: the scorer whose state it holds; and that of models and checkpoints that name none.
 _SCORER = "pedenet_scorer"
 _SCORER_NAME = "exact"
 
 # State that is fitted with the memory bank.
 _SCORER_STATE = "model.scorers."
-_FITTED = (_SCORER_STATE, "model.position_encodings.")
-
-# Length of a training whose `max_steps` is left to the model, and how many times longer it is on surfaces.
-_STEPS = 1500
-_SURFACE_FACTOR = 2
+_FITTED = (_SCORER_STATE, "model.position_encodings.", "model.projections.", "model._extra_state")
 
 # Fraction of the training over which the one-cycle schedule's rate rises.
 _RISE = 0.3
-
-# Location prediction that is right less often at the end of that rise, at every scale, has hardly learned: chance is
-# 0.125; its better scale had 0.47 and more on the object and bricks measured, and 0.15 and less on rough surfaces.
-_LEARNED_ACCURACY = 0.25
-_ACCURACY_STEPS = 50  # that are averaged to tell
 
 # Epochs of a training where `steps_per_image` is left to the model: each ends with a validation and a checkpoint.
 _EPOCHS = 3
@@ -117,8 +105,9 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             your images, e.g. ``(256, 640)``. Ignored if ``pre_processor`` is an instance. Defaults to ``(256, 256)``.
         patch_sizes (Sequence[int]): Sizes of the patches to train on, in pixels: ``[32]``; ``[64]``, the paper's; or
             both. Defaults to ``(32, 64)``.
-        scored_sizes (Sequence[int] | None): Those of them that are scored; the maps of both are combined. ``None`` for
-            the smallest alone. Defaults to ``None``.
+        scored_sizes (Sequence[int] | None): Sizes of the patches to score, whose maps are combined: those of
+            ``patch_sizes``, and 12, 16, 20, 24 or 28, which the network embeds on its way to 32 and which see finer
+            defects. ``None`` for 20 and 32, or for 64 where that alone is trained. Defaults to ``None``.
         stride (int): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2. Smaller is
             slower and finer. May be changed for a trained checkpoint. Defaults to ``8``.
         combination (str): How the maps of two scales become one: ``"product"`` (geometric mean) or ``"mean"``.
@@ -131,7 +120,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             loaded checkpoint's, else ``"exact"``. Defaults to ``None``.
         bank_size (float): Largest number of rows of each scale's memory bank, chosen from the embeddings of all
             training images; below 1, as a fraction of them (0.1: a tenth). Memory, export size and search time grow
-            with it. Defaults to ``50_000``.
+            with it. Defaults to ``15_000``.
         coreset (str): How the bank's rows are chosen: ``"uniform"`` (at random), ``"k_center"`` (greedily far apart, as
             PatchCore) or ``"k_means"`` (centroids). The latter two are for small banks. Defaults to ``"uniform"``.
         bank_stride (int): Distance in pixels between the patches of the training images that may enter the bank, a
@@ -145,11 +134,10 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         num_components (int): Number K of Gaussian mixture components. Defaults to ``10``.
         batch_norm (bool): Whether batch normalisation follows the small encoder's convolutions. The paper mentions
             none, but surfaces hardly train without it. Defaults to ``True``.
-        max_steps (int | None): Training length in optimizer steps. ``None`` for 1,500, and for 3,000 if location
-            prediction has hardly learned after 450, as on surfaces that look alike everywhere. A smaller ``Trainer``
-            limit (``max_steps``, ``max_epochs``) stands. Defaults to ``None``.
+        max_steps (int): Training length in optimizer steps. A smaller ``Trainer`` limit (``max_steps``, ``max_epochs``)
+            stands. Defaults to ``1500``.
         steps_per_image (int | None): Optimizer steps made for every training image in an epoch, so that each image is
-            decoded once for several steps. ``None`` makes ``max_steps`` (or 1,500) about three epochs, whatever the
+            decoded once for several steps. ``None`` makes ``max_steps`` about three epochs, whatever the
             number of images; each epoch ends with a validation. Defaults to ``None``.
         holdout (float): Fraction of the training images, from 0 to 0.5, that are held back from training and memory
             bank. At each validation a defect is drawn on each of them (at most 32), and how well those are found is
@@ -218,7 +206,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         stride: int = 8,
         combination: Combination = "product",
         scorer: str | dict[str, Any] | None = None,
-        bank_size: float = 50_000,
+        bank_size: float = 15_000,
         coreset: Coreset = "uniform",
         bank_stride: int = 8,
         bank_seed: int = 0,
@@ -226,7 +214,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         embedding_dim: int = 64,
         num_components: int = 10,
         batch_norm: bool = True,
-        max_steps: int | None = None,
+        max_steps: int = 1500,
         steps_per_image: int | None = None,
         holdout: float = 0.0,
         cache_gib: float = 2.0,
@@ -295,14 +283,12 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         )
         # One batch of images serves several optimizer steps, see `training_step`.
         self.automatic_optimization = False
-        self._target_steps = self._usual_steps
-        self._planned_steps = self._target_steps
+        self._planned_steps = max_steps
         self._pool: ImagePool | None = None
         self._held_back: _HeldBack | None = None
         self._last_metrics: dict[str, torch.Tensor] = {}  # means over the latest batch's steps
         self._clock = (0, 0.0)  # step and time at which the training started
         self._uses_bfloat16 = False
-        self._accuracies: list[torch.Tensor] = []  # of location prediction, by scale, before the length is chosen
         self._is_bank_stale = False
         self._has_warned_of_collapse = False
 
@@ -369,32 +355,10 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         )
         if self.hparams.lr_schedule == "constant":
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._make_schedule(optimizer), "interval": "step"},
-        }
-
-    def _make_schedule(
-        self, optimizer: torch.optim.Optimizer, last_step: int = -1
-    ) -> torch.optim.lr_scheduler.OneCycleLR:
-        """Return the one-cycle schedule over all steps that will be made, as it stands after ``last_step``."""
-        total = self._total_steps()
-        return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            max_lr=self.hparams.learning_rate,
-            total_steps=total,
-            pct_start=self._rising_steps() / total,
-            last_epoch=last_step,
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=self.hparams.learning_rate, total_steps=self._total_steps(), pct_start=_RISE
         )
-
-    @property
-    def _usual_steps(self) -> int:
-        """Length of the training before it may be lengthened: what was given, or that of objects."""
-        return int(self.hparams.max_steps or _STEPS)
-
-    def _rising_steps(self) -> float:
-        """Return the number of steps over which the learning rate rises; the same for objects and surfaces."""
-        return _RISE * min(self._total_steps(), self._usual_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
         """Measure the training images and choose the arithmetic of the networks."""
@@ -404,7 +368,6 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         num_images = self._images_per_epoch() if self._held_back is None else len(self._held_back.trained_on)
         self._pool = ImagePool(num_images or 2**31, int(self.hparams.cache_gib * 2**30))
         self._clock = (self.trainer.global_step, time.monotonic())
-        self._accuracies = []
         if self.trainer.global_step == 0:  # a resumed training goes on with the checkpoint's
             self.model.fit_standardization(self._sample_of_normal_images(_STANDARDIZATION_IMAGES))
         logger.info(
@@ -450,44 +413,14 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             if scheduler is not None:
                 scheduler.step()
             history.append(metrics)
-            self._choose_length(metrics)
             self._report_progress(metrics)
         if history:
-            self._report({name: torch.stack([step[name] for step in history]).mean() for name in history[0]})
+            means = torch.stack([torch.stack([step[name].float() for step in history]).mean() for name in history[0]])
+            means = self.trainer.strategy.reduce(means, reduce_op="mean")  # every process goes on with the same
+            self._report(dict(zip(history[0], means, strict=True)))
         if self.trainer.global_step >= self._planned_steps:
             # Unlike the Trainer's own limit of steps, this lets a last validation run, which sets the thresholds.
             self.trainer.should_stop = True
-
-    def _choose_length(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Lengthen the training, if its length is left to the model and location prediction has hardly learned."""
-        if self.hparams.max_steps is not None or self.hparams.lambda_lpn == 0:
-            return
-        step, decision = self.trainer.global_step, round(self._rising_steps())
-        if not decision - _ACCURACY_STEPS < step <= decision:
-            return
-        sizes = self.model.patch_sizes
-        self._accuracies.append(torch.stack([metrics[f"lp_accuracy_{size}"] for size in sizes]))
-        if step < decision:
-            return
-        mean = self.trainer.strategy.reduce(torch.stack(self._accuracies).mean(dim=0), reduce_op="mean")
-        accuracies = mean.tolist()
-        if max(accuracies) >= _LEARNED_ACCURACY:
-            return
-        self._target_steps = _SURFACE_FACTOR * _STEPS
-        before, self._planned_steps = self._planned_steps, self._total_steps()
-        if self._planned_steps == before:  # a limit of the Trainer stands
-            return
-        if self.hparams.lr_schedule == "one_cycle":
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            self.trainer.lr_scheduler_configs[0].scheduler = self._make_schedule(optimizer, last_step=step - 1)
-        logger.info(
-            "Location prediction has hardly learned after %d steps, right in %s of pairs (chance: 12 %%): a surface "
-            "that looks alike everywhere takes longer. Training for %d steps instead of %d; max_steps sets the length.",
-            step,
-            ", ".join(f"{100 * value:.0f} % at {size} px" for value, size in zip(accuracies, sizes, strict=True)),
-            self._planned_steps,
-            before,
-        )
 
     def _joint_loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss of one step on standardised images, over all scales, and detached scalars to report."""
@@ -546,7 +479,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
     def _total_steps(self) -> int:
         """Return the number of optimizer steps that this training will make, under the model's and Trainer's limits."""
         trainer = self.trainer
-        limits = [self._target_steps]
+        limits = [int(self.hparams.max_steps)]
         if trainer.max_steps > 0:
             limits.append(trainer.max_steps)
         num_images = self._images_per_epoch()
@@ -571,7 +504,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             return _STEPS_PER_IMAGE
         limit = self.trainer.max_epochs
         epochs = min(_EPOCHS, limit) if limit is not None and limit > 0 else _EPOCHS
-        return max(1, math.ceil(self._usual_steps / (epochs * num_images)))
+        return max(1, math.ceil(self.hparams.max_steps / (epochs * num_images)))
 
     def _report_progress(self, metrics: dict[str, torch.Tensor]) -> None:
         """Say in the log now and then how far the training is: a batch can take minutes."""
@@ -636,13 +569,19 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             torch.no_grad(),
             self.trainer.precision_plugin.forward_context(),  # as the images will be scored
         ):
-            weights = self.model.fit_position_weights(self._sample_of_normal_images(_POSITION_IMAGES), bank_stride)
+            if self._last_metrics and self.hparams.lambda_lpn > 0:
+                losses = {size: self._last_metrics[f"loss_lpn_{size}"] for size in self.model.patch_sizes}
+                self.model.weigh_scales({size: 1 - float(synthetic_weight(loss)) for size, loss in losses.items()})
+            weights = self.model.calibrate(self._sample_of_normal_images(_POSITION_IMAGES), bank_stride)
             images = self._normal_images(self._trained_on)
             progress = tqdm(images, "Building the memory bank", len(images), disable=not self.trainer.is_global_zero)
             self.model.fit(progress, stride=bank_stride)
         self.model.train(was_training)
-        if any(scorer.encodes_position for scorer in self.model.scorers.values()):
-            logger.info("Weight of a patch's position: %s.", ", ".join(f"{w:g} at {s} px" for s, w in weights.items()))
+        scales = self.model.scale_shares
+        logger.info(
+            "Scored patches: %s.",
+            ", ".join(f"{size} px, weight {scales[size]:.2f}, of the position {weights[size]:g}" for size in weights),
+        )
         self._is_fitted = torch.tensor([True], device=self.device)
         self._is_bank_stale = False
 
@@ -770,7 +709,6 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             checkpoint (dict[str, Any]): Checkpoint with the already collected ``state_dict``.
         """
         super().on_save_checkpoint(checkpoint)
-        checkpoint[_TARGET_STEPS] = self._target_steps
         checkpoint[_SCORER] = self._scorer
         if self._is_bank_stale:
             self.fit()
@@ -794,8 +732,6 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         if not any(name.startswith("model.embedding_network.") for name in checkpoint.get("state_dict", {})):
             msg = "The checkpoint holds no Pedenet weights: pass a checkpoint that was trained with --model Pedenet."
             raise ValueError(msg)
-        if self.hparams.max_steps is None:
-            self._target_steps = checkpoint.get(_TARGET_STEPS, self._target_steps)
         for state in checkpoint.get("lr_schedulers", []):
             # What is planned anew stands: otherwise a longer max_steps could not be resumed to.
             state.pop("total_steps", None)

@@ -4,9 +4,10 @@
 """The three networks of PEDENet: patch embedding (PE), density estimation (DE) and location prediction (LP).
 
 The patch embedding network is hierarchical: a *small encoder* embeds 32-px sub-patches, and a *large encoder* joins
-the four sub-patches of a 64-px patch. Because neither pads, running them over a whole image gives exactly the
-embeddings of all its patches (:meth:`PatchEmbeddingNetwork.embed_dense`), at a hundredth of the cost of running them
-patch by patch (:meth:`PatchEmbeddingNetwork.forward`).
+the four sub-patches of a 64-px patch. On its way to 32 px the small encoder also yields *mid-level* embeddings of
+smaller patches, which have kept more of the fine structure. Because nothing pads, running the encoders over a whole
+image gives exactly the embeddings of all its patches (:meth:`PatchEmbeddingNetwork.embed_dense`), at a hundredth of the
+cost of running them patch by patch (:meth:`PatchEmbeddingNetwork.forward`).
 
 Reference:
     K. Zhang, B. Wang, C.-C. J. Kuo, "PEDENet: Image Anomaly Localization via Patch Embedding and Density Estimation",
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_pedenet.patches import BASE_STRIDE, PATCH_SIZE, SUB_PATCH_SIZE, grid_size
+from anomalib_pedenet.patches import BASE_STRIDE, MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE, grid_size
 
 NEGATIVE_SLOPE = 0.1
 """Negative slope of every LeakyReLU, as in the paper."""
@@ -49,6 +50,10 @@ class PatchEmbeddingNetwork(nn.Module):
     ends at 1x1 (32 -> 15 -> 13 -> 11 -> 9 -> 7 -> 5 -> 3 -> 1), then a 1x1 output layer with tanh. The large encoder
     is a 2x2 convolution over the four sub-patch embeddings and a 1x1 output layer with tanh.
 
+    The mid-level embedding of a patch of 4k + 4 px is the mean of the k-th convolution's features (after batch
+    normalisation and LeakyReLU) over the 3x3 positions that the patch holds; PatchCore (section 3.1) takes such means
+    of a pre-trained network. It is not in the paper, and training does not ask anything of it directly.
+
     Args:
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         small_channels (Sequence[int]): Filters of the small encoder's eight convolutions.
@@ -65,8 +70,8 @@ class PatchEmbeddingNetwork(nn.Module):
 
     Example:
         >>> network = PatchEmbeddingNetwork()
-        >>> network(torch.zeros(5, 3, 64, 64)).shape
-        torch.Size([5, 64])
+        >>> network(torch.zeros(5, 3, 64, 64)).shape, network(torch.zeros(5, 3, 20, 20)).shape
+        (torch.Size([5, 64]), torch.Size([5, 128]))
         >>> grids = network.embed_dense(torch.zeros(1, 3, 96, 128), stride=8)
         >>> grids[32].shape, grids[64].shape
         (torch.Size([1, 64, 9, 13]), torch.Size([1, 64, 5, 9]))
@@ -87,6 +92,7 @@ class PatchEmbeddingNetwork(nn.Module):
             msg = f"small_channels must list the filters of 8 convolutions, got {len(small_channels)}."
             raise ValueError(msg)
 
+        self.small_channels = tuple(small_channels)
         layers: list[nn.Module] = []
         channels = in_channels
         for index, filters in enumerate(small_channels):
@@ -105,15 +111,20 @@ class PatchEmbeddingNetwork(nn.Module):
             )
         initialize_weights(self)
 
+    def mid_level_channels(self, patch_size: int) -> int:
+        """Return the dimension of the embeddings of one of :data:`anomalib_pedenet.patches.MID_LEVEL_SIZES`."""
+        return self.small_channels[_mid_level_depth(patch_size) - 1]
+
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Embed separate patches, as the paper describes it.
 
         Args:
-            patches (torch.Tensor): ``[N, C, 64, 64]`` patches, or ``[N, C, 32, 32]`` sub-patches (which go through the
-                small encoder alone), normalised to about zero mean and unit variance.
+            patches (torch.Tensor): ``[N, C, 64, 64]`` patches; ``[N, C, 32, 32]`` sub-patches, which go through the
+                small encoder alone; or mid-level ones, ``[N, C, 20, 20]`` for instance. Normalised to about zero mean
+                and unit variance.
 
         Returns:
-            torch.Tensor: Embeddings ``[N, Z]`` in (-1, 1).
+            torch.Tensor: Embeddings ``[N, Z]`` in (-1, 1), or mid-level ones ``[N, mid_level_channels(size)]``.
 
         Raises:
             ValueError: If the patches are not of one of the network's sizes.
@@ -130,6 +141,9 @@ class PatchEmbeddingNetwork(nn.Module):
                 for row in patches.split(SUB_PATCH_SIZE, dim=-2)
             ]
             return self.large_encoder(torch.cat(rows, dim=-2)).flatten(1)  # [N, Z, 2, 2] -> [N, Z]
+        if patches.shape[-2] == patches.shape[-1] and patches.shape[-1] in MID_LEVEL_SIZES:
+            features = self._encode(patches, [patches.shape[-1]])[patches.shape[-1]]  # [N, ., 3, 3]
+            return features.mean(dim=(-2, -1))
         sizes = sorted({SUB_PATCH_SIZE, *self.patch_sizes})
         msg = f"Patches must be {' or '.join(f'{side}x{side}' for side in reversed(sizes))} px, got {size}."
         raise ValueError(msg)
@@ -149,12 +163,12 @@ class PatchEmbeddingNetwork(nn.Module):
         Args:
             images (torch.Tensor): ``[B, C, H, W]`` images, normalised as in :meth:`forward`.
             stride (int): Distance between neighbouring patches in pixels, a multiple of 2. Defaults to ``2``.
-            patch_sizes (Sequence[int] | None): Which scales to return. Defaults to the network's.
+            patch_sizes (Sequence[int] | None): Which scales to return, mid-level ones too. Defaults to the network's.
 
         Returns:
-            dict[int, torch.Tensor]: For each patch size, embeddings ``[B, Z, h, w]`` where
-                ``(h, w) = grid_size((H, W), patch_size, stride)`` and entry ``(i, j)`` belongs to the patch whose top
-                left corner is pixel ``(i * stride, j * stride)``.
+            dict[int, torch.Tensor]: For each patch size, embeddings ``[B, Z, h, w]`` (mid-level ones have
+                :meth:`mid_level_channels`) where ``(h, w) = grid_size((H, W), patch_size, stride)`` and entry
+                ``(i, j)`` belongs to the patch whose top left corner is pixel ``(i * stride, j * stride)``.
 
         Raises:
             ValueError: If the images are smaller than a patch.
@@ -163,24 +177,58 @@ class PatchEmbeddingNetwork(nn.Module):
         step = stride // BASE_STRIDE
         image_size = (images.shape[-2], images.shape[-1])
         grid_size(image_size, max(patch_sizes), stride)  # refuses images smaller than a patch
-        small = self.small_encoder(images)  # [B, Z, ., .] at stride 2
-        # The receptive field is 31 px wide, so an odd image side yields one more position than 32-px patches fit.
-        rows, columns = grid_size(image_size, SUB_PATCH_SIZE, BASE_STRIDE)
-        small = small[..., :rows, :columns]
+        features = self._encode(images, patch_sizes)  # [B, ., ., .] at stride 2
 
         embeddings: dict[int, torch.Tensor] = {}
-        if SUB_PATCH_SIZE in patch_sizes:
-            embeddings[SUB_PATCH_SIZE] = small[..., ::step, ::step]
-        if PATCH_SIZE in patch_sizes:
-            joined = F.conv2d(
-                small,
-                self.large_encoder[0].weight,
-                self.large_encoder[0].bias,
-                stride=step,
-                dilation=SUB_PATCH_SIZE // BASE_STRIDE,
-            )
-            embeddings[PATCH_SIZE] = self.large_encoder[1:](joined)
+        for size in patch_sizes:
+            if size in MID_LEVEL_SIZES:
+                grid = F.avg_pool2d(features[size], kernel_size=3, stride=step)
+            elif size == SUB_PATCH_SIZE:
+                grid = features[SUB_PATCH_SIZE][..., ::step, ::step]
+            else:
+                joined = F.conv2d(
+                    features[SUB_PATCH_SIZE],
+                    self.large_encoder[0].weight,
+                    self.large_encoder[0].bias,
+                    stride=step,
+                    dilation=SUB_PATCH_SIZE // BASE_STRIDE,
+                )
+                grid = self.large_encoder[1:](joined)
+            # Receptive fields are 1 px narrower than patches, so an odd image side yields one position too many.
+            rows, columns = grid_size(image_size, size, stride)
+            embeddings[size] = grid[..., :rows, :columns]
         return embeddings
+
+    def _encode(self, images: torch.Tensor, patch_sizes: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Run the small encoder as far as patch sizes need it, and return what they are made of, at stride 2.
+
+        Args:
+            images (torch.Tensor): ``[B, C, H, W]`` images or patches.
+            patch_sizes (Sequence[int]): Patch sizes.
+
+        Returns:
+            dict[int, torch.Tensor]: The features of each mid-level size, before their mean over 3x3 positions; and the
+                sub-patches' embeddings, if another size is asked for.
+        """
+        depths = {_mid_level_depth(size): size for size in patch_sizes if size in MID_LEVEL_SIZES}
+        is_whole = any(size not in MID_LEVEL_SIZES for size in patch_sizes)
+        outputs: dict[int, torch.Tensor] = {}
+        features, depth = images, 0
+        for layer in self.small_encoder:
+            features = layer(features)
+            if isinstance(layer, nn.LeakyReLU):
+                depth += 1
+                if depth in depths:
+                    outputs[depths[depth]] = features
+                if not is_whole and len(outputs) == len(depths):
+                    return outputs
+        outputs[SUB_PATCH_SIZE] = features
+        return outputs
+
+
+def _mid_level_depth(patch_size: int) -> int:
+    """Return the convolution k whose features make the mid-level embedding of a patch size, 4k + 4 px."""
+    return patch_size // 4 - 1
 
 
 class DensityEstimationNetwork(nn.Sequential):

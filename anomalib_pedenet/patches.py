@@ -17,6 +17,9 @@ PATCH_SIZE = 64
 SUB_PATCH_SIZE = 32
 """Side of a sub-patch, which the small encoder embeds, in pixels."""
 
+MID_LEVEL_SIZES = (12, 16, 20, 24, 28)
+"""Sides of the patches that the small encoder has seen on its way to a sub-patch, in pixels."""
+
 BASE_STRIDE = 2
 """Finest distance between neighbouring patches that dense evaluation yields: the stride of the first convolution."""
 

@@ -94,32 +94,49 @@ def measure_alignment(
         list[float]: The alignment at each weight; 0 where a weight is too small to matter, or all patches look alike.
     """
     num_images, _, height, width = grids.shape
-    rows = grids.permute(0, 2, 3, 1).flatten(0, 2).float()  # [N * h * w, Z]
-    places = encode_positions(height, width, max(image_size), stride, rows).flatten(1).T  # [h * w, 2]
+    places = encode_positions(height, width, max(image_size), stride, grids.float()).flatten(1).T  # [h * w, 2]
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(places), generator=generator) for _ in range(num_images)]
     true, shuffled = places.repeat(num_images, 1), places[torch.cat(orders).to(places.device)]
-    images = torch.arange(num_images, device=rows.device).repeat_interleave(height * width)
-    queries = torch.linspace(0, len(rows) - 1, min(len(rows), _NUM_QUERIES), device=rows.device).long()
 
-    def distance(weight: float, positions: torch.Tensor) -> float:
-        """Return the mean distance of embeddings between patches and their nearest neighbours in other images."""
-        bank = torch.cat([rows, weight * positions], dim=1)
-        half_norms = bank.square().sum(dim=1) / 2
-        total = torch.zeros((), device=rows.device)
-        for chosen in queries.split(64):
-            query = torch.cat([rows[chosen], weight * true[chosen]], dim=1)
-            similarity = query @ bank.T - half_norms  # [64, N * h * w]
-            similarity.masked_fill_(images[chosen, None] == images, -torch.inf)
-            total += (rows[chosen] - rows[similarity.argmax(dim=1)]).norm(dim=1).sum()
-        return total.item() / len(queries)
-
-    anywhere = distance(0.0, true)
+    anywhere = neighbor_distance(grids)
     alignments = []
     for weight in weights:
-        lost = distance(weight, shuffled) - anywhere
-        alignments.append(1 - (distance(weight, true) - anywhere) / lost if lost > 0 else 0.0)
+        lost = neighbor_distance(grids, weight * true, weight * shuffled) - anywhere
+        gained = neighbor_distance(grids, weight * true, weight * true) - anywhere
+        alignments.append(1 - gained / lost if lost > 0 else 0.0)
     return alignments
+
+
+@torch.no_grad()
+def neighbor_distance(
+    grids: torch.Tensor, places: torch.Tensor | None = None, neighbor_places: torch.Tensor | None = None
+) -> float:
+    """Measure the mean distance of normal patches to their nearest neighbours in *other* images.
+
+    Args:
+        grids (torch.Tensor): Embeddings ``[N, Z, h, w]`` of N normal images; a sample of the patches is measured.
+        places (torch.Tensor | None): Weighted positions ``[N * h * w, 2]`` of the patches, that count in the search but
+            not in the distance that is measured. ``None`` to search by the embeddings alone.
+        neighbor_places (torch.Tensor | None): Those they have as neighbours, if ``places`` are given.
+
+    Returns:
+        float: The mean distance, in units of the embeddings; 0 for a single image.
+    """
+    if len(grids) < 2:
+        return 0.0
+    rows = grids.permute(0, 2, 3, 1).flatten(0, 2).float()  # [N * h * w, Z]
+    images = torch.arange(len(grids), device=rows.device).repeat_interleave(grids[0, 0].numel())
+    sample = torch.linspace(0, len(rows) - 1, min(len(rows), _NUM_QUERIES), device=rows.device).long()
+    bank = rows if neighbor_places is None else torch.cat([rows, neighbor_places], dim=1)
+    queries = rows if places is None else torch.cat([rows, places], dim=1)
+    half_norms = bank.square().sum(dim=1) / 2
+    total = torch.zeros((), device=rows.device)
+    for chosen in sample.split(64):
+        similarity = queries[chosen] @ bank.T - half_norms  # [64, N * h * w]
+        similarity.masked_fill_(images[chosen, None] == images, -torch.inf)
+        total += (rows[chosen] - rows[similarity.argmax(dim=1)]).norm(dim=1).sum()
+    return total.item() / len(sample)
 
 
 def choose_weight(

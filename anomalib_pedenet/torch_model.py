@@ -23,9 +23,30 @@ from anomalib_pedenet.networks import (
     LocationPredictionNetwork,
     PatchEmbeddingNetwork,
 )
-from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
+from anomalib_pedenet.patches import MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.position import PositionEncoding, choose_weight
-from anomalib_pedenet.scorers import Coreset, make_scorer, scorer_class
+from anomalib_pedenet.projection import PrincipalProjection
+from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
+
+MIN_SCALE_WEIGHT = 0.1
+"""A scale that counts less beside another, which counts 1, is not worth its time."""
+
+SCORED_MID_LEVEL_SIZE = 20
+"""Side in pixels of the mid-level patches that are scored by default."""
+
+
+def default_scored_sizes(patch_sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the scales to score where none are given.
+
+    Args:
+        patch_sizes (Sequence[int]): Scales that are trained.
+
+    Returns:
+        tuple[int, ...]: Mid-level patches and the sub-patches, which between them find fine and coarse defects; the
+            paper's patches alone where those alone are trained.
+    """
+    smallest = min(patch_sizes)
+    return (SCORED_MID_LEVEL_SIZE, smallest) if smallest == SUB_PATCH_SIZE else (smallest,)
 
 
 class PedenetModel(nn.Module):
@@ -34,7 +55,8 @@ class PedenetModel(nn.Module):
     Args:
         patch_sizes (Sequence[int]): Scales that are trained: 64 for the paper's patches, 32 for the sub-patches that
             the small encoder embeds on the way, or both. Defaults to ``(32, 64)``.
-        scored_sizes (Sequence[int] | None): Those of them that are scored. Defaults to the smallest alone.
+        scored_sizes (Sequence[int] | None): Scales that are scored: those of them, and mid-level ones
+            (:data:`anomalib_pedenet.patches.MID_LEVEL_SIZES`). Defaults to :func:`default_scored_sizes`.
         stride (int): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2.
             Defaults to ``8``.
         combination (Combination): How the maps of two scales become one, see
@@ -42,7 +64,7 @@ class PedenetModel(nn.Module):
         scorer (str | Mapping[str, Any]): Scorer of each scale, see :func:`anomalib_pedenet.scorers.make_scorer`.
             Defaults to ``"exact"``.
         bank_size (float): Largest number of rows of each scale's memory bank, for scorers that have one; below 1, as a
-            fraction of all embeddings. Defaults to ``50_000``.
+            fraction of all embeddings. Defaults to ``15_000``.
         coreset (Coreset): How they are chosen, see :mod:`anomalib_pedenet.scorers.coreset`. Defaults to ``"uniform"``.
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         num_components (int): Number K of mixture components of the DE network. Defaults to ``10``.
@@ -74,7 +96,7 @@ class PedenetModel(nn.Module):
         stride: int = 8,
         combination: Combination = "product",
         scorer: str | Mapping[str, Any] = "exact",
-        bank_size: float = 50_000,
+        bank_size: float = 15_000,
         coreset: Coreset = "uniform",
         embedding_dim: int = 64,
         num_components: int = 10,
@@ -85,7 +107,7 @@ class PedenetModel(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_sizes = tuple(sorted(patch_sizes))
-        self.scored_sizes = tuple(sorted(scored_sizes)) if scored_sizes is not None else self.patch_sizes[:1]
+        self.scored_sizes = tuple(sorted(scored_sizes or default_scored_sizes(patch_sizes)))
         self.stride = stride
         self.combination = combination
         self.bank_size = bank_size
@@ -98,6 +120,8 @@ class PedenetModel(nn.Module):
         # colourful photographs but not to, say, grey surfaces of low contrast: the training images' own do.
         self.register_buffer("input_mean", torch.zeros(3, 1, 1))
         self.register_buffer("input_std", torch.ones(()))
+        # How much each scored scale counts. Not a buffer, because it decides what is computed, in exported graphs too.
+        self._scale_weights = [1.0] * len(self.scored_sizes)
         # A third faster on a CPU, and in bfloat16 twice as fast. From the start, not for training alone, because the
         # other memory format rounds differently: a loaded checkpoint must score exactly as the model that saved it.
         network = PatchEmbeddingNetwork(embedding_dim, batch_norm=batch_norm, patch_sizes=self.patch_sizes)
@@ -112,6 +136,10 @@ class PedenetModel(nn.Module):
             {str(size): DefectPredictionNetwork(embedding_dim) for size in self.patch_sizes if defect_prediction},
         )
         self.embedding_dim = embedding_dim
+        channels = {size: network.mid_level_channels(size) for size in self.scored_sizes if size in MID_LEVEL_SIZES}
+        self.projections = nn.ModuleDict(
+            {str(size): PrincipalProjection(count, min(count, embedding_dim)) for size, count in channels.items()},
+        )
         self.set_scorer(scorer)
         weight = 0.0 if position_weight == "auto" else position_weight
         self.position_encodings = nn.ModuleDict({str(size): PositionEncoding(weight) for size in self.scored_sizes})
@@ -126,24 +154,62 @@ class PedenetModel(nn.Module):
             ValueError: If the scorer is unknown, or has other arguments.
             ImportError: If it needs a library that is not installed.
         """
-        self.scorers = nn.ModuleDict(
-            {
-                str(size): make_scorer(
-                    scorer,
-                    embedding_dim=self.embedding_dim + 2 * scorer_class(scorer).encodes_position,
-                    bank_size=self.bank_size,
-                    coreset=self.coreset,
-                    seed=self.seed,
-                    density_network=self.density_networks[str(size)],
-                )
-                for size in self.scored_sizes
-            },
+        self.scorer = scorer
+        self.scorers = nn.ModuleDict({str(size): self._make_scorer(size) for size in self.scored_sizes})
+
+    def _make_scorer(self, size: int) -> Scorer:
+        """Return a scorer, not fitted, for a scale."""
+        is_trained = size in self.patch_sizes
+        dimension = self.embedding_dim if is_trained else len(self.projections[str(size)].components)
+        return make_scorer(
+            self.scorer,
+            embedding_dim=dimension + 2 * scorer_class(self.scorer).encodes_position,
+            bank_size=self.bank_size,
+            coreset=self.coreset,
+            seed=self.seed,
+            density_network=self.density_networks[str(size)] if is_trained else None,
         )
 
     @property
     def is_fitted(self) -> bool:
-        """Whether every scale's scorer has been fitted."""
-        return all(scorer.is_fitted for scorer in self.scorers.values())
+        """Whether the scorer of every scale that counts has been fitted."""
+        return all(self.scorers[str(size)].is_fitted for size in self.scale_shares)
+
+    @property
+    def scale_shares(self) -> dict[int, float]:
+        """The scored sizes that count, and how much each does."""
+        weights = zip(self.scored_sizes, self._scale_weights, strict=True)
+        return {size: weight for size, weight in weights if weight > 0}
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Return the scales' weights ``[S]``, as a tensor like all else in a checkpoint."""
+        return torch.tensor(self._scale_weights, dtype=torch.float64)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Take the scales' weights from a checkpoint.
+
+        Raises:
+            ValueError: If they are those of another number of scales.
+        """
+        if len(state) != len(self.scored_sizes):
+            msg = f"The state holds the weights of {len(state)} scored sizes, but the model has {self.scored_sizes}."
+            raise ValueError(msg)
+        self._scale_weights = state.tolist()
+
+    def weigh_scales(self, learned: Mapping[int, float]) -> None:
+        """Weigh the scored scales by how much was learned, if there are mid-level ones, which always count 1.
+
+        Where location prediction stays at chance, as on surfaces that look alike everywhere, the embeddings it is asked
+        of have lost what they had at the start and gained nothing; what comes before them in the encoder has lost less.
+
+        Args:
+            learned (Mapping[int, float]): For each trained size, from 0, nothing (location prediction at chance), to 1.
+                Below :data:`MIN_SCALE_WEIGHT` the scale is left out, and takes neither memory nor time.
+        """
+        if not self.projections:
+            return
+        weights = [1.0 if str(size) in self.projections else learned[size] for size in self.scored_sizes]
+        self._scale_weights = [weight if weight >= MIN_SCALE_WEIGHT else 0.0 for weight in weights]
 
     def check_is_fitted(self) -> None:
         """Check that there is something to score with, a memory bank for instance.
@@ -199,7 +265,11 @@ class PedenetModel(nn.Module):
                 msg = "Tiles have no place in the image, by which this scorer goes: turn tiling off, or use 'exact'."
                 raise ValueError(msg)
         stride = stride or self.stride
-        for scorer in self.scorers.values():
+        for size in self.scored_sizes:
+            if size not in self.scale_shares:
+                self.scorers[str(size)] = self._make_scorer(size)  # without the bank of an earlier fit
+        scorers = [self.scorers[str(size)] for size in self.scale_shares]
+        for scorer in scorers:
             scorer.reset(0)
         for index, images in enumerate(batches):
             tiles = self._tile(images)
@@ -209,32 +279,33 @@ class PedenetModel(nn.Module):
                     count = len(batches) * embeddings.shape[:-1].numel() if isinstance(batches, Sized) else None
                     self.scorers[str(size)].reset(count)
                 self.scorers[str(size)].update(embeddings)
-        for scorer in self.scorers.values():
+        for scorer in scorers:
             scorer.finalize()
 
     @torch.no_grad()
-    def fit_position_weights(self, images: torch.Tensor, stride: int | None = None) -> dict[int, float]:
-        """Choose each scale's weight of the position from normal images, unless the weight is given.
+    def calibrate(self, images: torch.Tensor, stride: int | None = None) -> dict[int, float]:
+        """Fit the projections of mid-level embeddings, and choose the weights of the position unless they are given.
 
-        Call it before :meth:`fit`, with images from all over the training set. Tiles have no position in the image, so
-        with a tiler the weights stay 0, as with scorers that make no use of them.
+        Call it before :meth:`fit`, with normal images from all over the training set. Tiles have no position in the
+        image, so with a tiler the weights stay 0, as with scorers that make no use of them.
 
         Args:
             images (torch.Tensor): Pre-processed normal images ``[B, 3, H, W]``, two or more.
             stride (int | None): Distance between the patches taken from them, in pixels. Defaults to the model's.
 
         Returns:
-            dict[int, float]: The weight in use at each scored size.
+            dict[int, float]: The weight of the position in use at each scored size.
         """
         stride = stride or self.stride
-        if self.position_weight == "auto":
-            for encoding in self.position_encodings.values():
-                encoding.weight.zero_()
-            if self.tiler is None and self._encodes_position:
-                for size, grids in self._embed(images, stride).items():
-                    weight = choose_weight(grids, tuple(images.shape[-2:]), stride)
-                    self.position_encodings[str(size)].weight.fill_(weight)
-        return {size: float(self.position_encodings[str(size)].weight) for size in self.scored_sizes}
+        for size, grid in self._embed(self._tile(images), stride).items():
+            if str(size) in self.projections:
+                self.projections[str(size)].fit(grid)
+            if self.position_weight == "auto":
+                has_position = self.tiler is None and self.scorers[str(size)].encodes_position
+                shape = (images.shape[-2], images.shape[-1])
+                weight = choose_weight(self._project(grid, size), shape, stride) if has_position else 0.0
+                self.position_encodings[str(size)].weight.fill_(weight)
+        return {size: float(self.position_encodings[str(size)].weight) for size in self.scale_shares}
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Score images.
@@ -261,7 +332,7 @@ class PedenetModel(nn.Module):
                 scores = scorer(embeddings)  # [B, h, w]
                 maps.append(scores_to_map(scores / scorer.typical_score, tiles.shape[-2:], size, self.stride))
                 weights.append(scorer.image_weights(embeddings, scores) if self.tiler is None else None)
-            anomaly_map = combine_maps(maps, self.combination)
+            anomaly_map = combine_maps(maps, list(self.scale_shares.values()), self.combination)
             if self.tiler is not None:
                 anomaly_map = self.tiler.untile(anomaly_map)
             pred_score = anomaly_map.amax(dim=(1, 2, 3))
@@ -274,24 +345,26 @@ class PedenetModel(nn.Module):
     def _goes_by_place(self) -> bool:
         return any(scorer.by_place for scorer in self.scorers.values())
 
-    @property
-    def _encodes_position(self) -> bool:
-        return any(scorer.encodes_position for scorer in self.scorers.values())
+    def _project(self, grid: torch.Tensor, size: int) -> torch.Tensor:
+        """Project mid-level embeddings, and leave trained ones as they are."""
+        return self.projections[str(size)](grid) if str(size) in self.projections else grid
 
     def _arrange(self, grid: torch.Tensor, size: int, images: torch.Tensor, stride: int) -> torch.Tensor:
         """Arrange the embeddings ``[B, Z, h, w]`` of images as their scorer takes them, ``[B, h, w, Z or Z + 2]``."""
+        grid = self._project(grid, size)
         if self.scorers[str(size)].encodes_position:
             grid = self.position_encodings[str(size)](grid, images.shape[-2:], stride)
         return grid.permute(0, 2, 3, 1)
 
     def _embed(self, images: torch.Tensor, stride: int) -> dict[int, torch.Tensor]:
-        """Return the embeddings ``[B, Z, h, w]`` of all patches of pre-processed images, for each scored size."""
+        """Return the embeddings ``[B, Z, h, w]`` of all patches of pre-processed images, for each size that counts."""
         images = self.standardize(images)
+        sizes = list(self.scale_shares)
         if torch.jit.is_tracing() or torch.compiler.is_compiling() or images.device.type != "cpu":
-            return self.embedding_network.embed_dense(images, stride, self.scored_sizes)
+            return self.embedding_network.embed_dense(images, stride, sizes)
         # One by one, the feature maps of images stay in a CPU's cache: twice as fast as a batch of 32, and less memory.
-        grids = [self.embedding_network.embed_dense(image, stride, self.scored_sizes) for image in images.split(1)]
-        return {size: torch.cat([grid[size] for grid in grids]) for size in self.scored_sizes}
+        grids = [self.embedding_network.embed_dense(image, stride, sizes) for image in images.split(1)]
+        return {size: torch.cat([grid[size] for grid in grids]) for size in sizes}
 
     def _tile(self, images: torch.Tensor) -> torch.Tensor:
         """Return the images' tiles if a tiler is set, else the images."""

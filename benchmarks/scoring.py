@@ -37,8 +37,9 @@ from train import append, make_datamodule
 
 from anomalib_pedenet.anomaly_map import Combination, combine_maps, scores_to_map
 from anomalib_pedenet.criterion import draw_test_defects
-from anomalib_pedenet.patches import BASE_STRIDE
+from anomalib_pedenet.patches import BASE_STRIDE, MID_LEVEL_SIZES
 from anomalib_pedenet.position import WEIGHTS, PositionEncoding, choose_weight, measure_alignment
+from anomalib_pedenet.projection import PrincipalProjection
 from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
 
 _ALL_ROWS = 10_000_000
@@ -48,7 +49,7 @@ class Way(NamedTuple):
     """A way of scoring; the defaults are Pedenet's.
 
     Attributes:
-        sizes (tuple[int, ...]): Scales that are scored.
+        sizes (tuple[int, ...] | None): Scales that are scored, all alike; ``None`` for the model's and their weights.
         combination (Combination): How their maps are combined.
         normalized (bool): Whether each is divided by the typical score of normal patches first.
         stride (int): Distance between the patches of a scored image in pixels.
@@ -61,13 +62,13 @@ class Way(NamedTuple):
         top_share (float): The image's score is the mean over this share of its highest pixels; 0 for the maximum.
     """
 
-    sizes: tuple[int, ...] = (32,)
+    sizes: tuple[int, ...] | None = None
     combination: Combination = "product"
     normalized: bool = True
     stride: int = 8
     bank_stride: int = 8
     scorer: str | dict[str, Any] = "exact"
-    bank_size: int = 50_000
+    bank_size: int = 15_000
     coreset: Coreset = "uniform"
     position: float | None = None
     smoothing: float = 0.0
@@ -78,9 +79,10 @@ WAYS = {
     "defaults": Way(),
     **{f"stride {stride}": Way(stride=stride) for stride in (2, 4, 16, 32)},
     **{f"bank_stride {stride}": Way(bank_stride=stride) for stride in (2, 4, 16, 32)},
-    **{f"bank_size {size}": Way(bank_size=size) for size in (200, 1_000, 5_000, 20_000, 100_000)},
+    **{f"bank_size {size}": Way(bank_size=size) for size in (200, 1_000, 5_000, 20_000, 50_000, 100_000)},
     **{f"position_weight {weight}": Way(position=weight) for weight in (0.0, 4.0, 8.0, 16.0, 32.0, 64.0)},
-    "64 px": Way(sizes=(64,)),
+    **{f"{size} px": Way(sizes=(size,)) for size in (*MID_LEVEL_SIZES, 32, 64)},
+    **{f"{size} and 32 px": Way(sizes=(size, 32)) for size in MID_LEVEL_SIZES},
     "32 and 64 px, product": Way(sizes=(32, 64)),
     "32 and 64 px, mean": Way(sizes=(32, 64), combination="mean"),
     "32 and 64 px, mean, not normalised": Way(sizes=(32, 64), combination="mean", normalized=False),
@@ -102,8 +104,7 @@ SCORER_WAYS = {
         for size in (500, 1_000, 2_000, 5_000, 10_000)
         for coreset in ("uniform", "k_center", "k_means")
     },
-    "exact, uniform, 20000 rows": Way(bank_size=20_000),
-    "exact, uniform, 100000 rows": Way(bank_size=100_000),
+    **{f"exact, uniform, {size} rows": Way(bank_size=size) for size in (20_000, 50_000, 100_000)},
     "exact, without position": Way(position=0.0),
     **{f"exact, {k} neighbours": Way(scorer=with_arguments("exact", num_neighbors=k)) for k in (3, 9)},
     "exact, re-weighted": Way(scorer=with_arguments("exact", reweight_neighbors=9)),
@@ -131,17 +132,35 @@ class Embedded(NamedTuple):
     labels: torch.Tensor
 
 
+Projections = dict[int, PrincipalProjection]
+
+
 @torch.no_grad()
-def embed(model: Pedenet, images: torch.Tensor, masks: torch.Tensor) -> Embedded:
+def fit_projections(model: Pedenet, images: torch.Tensor) -> Projections:
+    """Fit the projections of all mid-level sizes on pre-processed normal images ``[N, 3, H, W]``."""
+    network = model.model.embedding_network
+    projections = {}
+    for size in MID_LEVEL_SIZES:
+        channels = network.mid_level_channels(size)
+        projections[size] = PrincipalProjection(channels, min(channels, model.model.embedding_dim))
+        grids = [network.embed_dense(image, 8, [size])[size] for image in model.model.standardize(images).split(1)]
+        projections[size].fit(torch.cat(grids))
+    return projections
+
+
+@torch.no_grad()
+def embed(model: Pedenet, projections: Projections, images: torch.Tensor, masks: torch.Tensor) -> Embedded:
     """Embed pre-processed images ``[N, 3, H, W]`` with masks ``[N, H, W]``, empty where there is no defect."""
     grids = []
+    sizes = (*projections, *model.model.patch_sizes)
     for image in model.model.standardize(images).split(1):
-        embedded = model.model.embedding_network.embed_dense(image, BASE_STRIDE)
-        grids.append({size: grid.half() for size, grid in embedded.items()})
+        embedded = model.model.embedding_network.embed_dense(image, BASE_STRIDE, sizes)
+        projected = {size: projection(embedded[size]) for size, projection in projections.items()}
+        grids.append({size: grid.half() for size, grid in (embedded | projected).items()})
     return Embedded(grids, masks, masks.flatten(1).any(dim=1))
 
 
-def embed_all(model: Pedenet, batches: Iterable[Batch]) -> Embedded:
+def embed_all(model: Pedenet, projections: Projections, batches: Iterable[Batch]) -> Embedded:
     """Embed all images of a loader."""
     parts = []
     for batch in batches:
@@ -150,7 +169,7 @@ def embed_all(model: Pedenet, batches: Iterable[Batch]) -> Embedded:
         if batch.gt_mask is not None:
             masks = batch.gt_mask.reshape(len(images), 1, *batch.gt_mask.shape[-2:]).float()
             masks = torch.nn.functional.interpolate(masks, images.shape[-2:], mode="nearest")
-        parts.append(embed(model, images, masks[:, 0].bool()))
+        parts.append(embed(model, projections, images, masks[:, 0].bool()))
     return join(parts)
 
 
@@ -177,11 +196,13 @@ class Fitted(NamedTuple):
     """The scorers of a way.
 
     Attributes:
+        shares (dict[int, float]): How much each scale counts.
         scorers (dict[int, Scorer]): By scale.
         encodings (dict[int, PositionEncoding]): What appends positions, by scale.
         seconds (float): Time of the fit.
     """
 
+    shares: dict[int, float]
     scorers: dict[int, Scorer]
     encodings: dict[int, PositionEncoding]
     seconds: float
@@ -203,11 +224,12 @@ class Fitted(NamedTuple):
 def fit(way: Way, model: Pedenet, normal: Embedded) -> Fitted:
     """Fit the scorers of a way on normal images."""
     image_size = (normal.masks.shape[1], normal.masks.shape[2])
-    fitted = Fitted({}, {}, 0.0)
+    shares = model.model.scale_shares if way.sizes is None else dict.fromkeys(way.sizes, 1.0)
+    fitted = Fitted(shares, {}, {}, 0.0)
     kind = scorer_class(way.scorer)
     stride = way.stride if kind.by_place else way.bank_stride
     seconds = 0.0
-    for size in way.sizes:
+    for size in shares:
         weight = way.position
         if weight is None and kind.encodes_position:
             weight = choose_weight(evenly_spread(normal, size, stride), image_size, stride)
@@ -217,7 +239,7 @@ def fit(way: Way, model: Pedenet, normal: Embedded) -> Fitted:
             embedding_dim=next(at_stride(normal, size, 32)).shape[1] + 2 * kind.encodes_position,
             bank_size=way.bank_size,
             coreset=way.coreset,
-            density_network=model.model.density_networks[str(size)],
+            density_network=model.model.density_networks[str(size)] if size in model.model.patch_sizes else None,
         )
         start = time.monotonic()
         fitted.scorers[size].fit(
@@ -249,7 +271,8 @@ def score(way: Way, fitted: Fitted, images: Embedded) -> tuple[torch.Tensor, tor
             parts.append(scores_to_map(scores / unit, image_size, size, way.stride))
             weights[index] = 1.0 if weight is None else weight
         maps.append(torch.cat(parts))
-    return combine_maps(maps, way.combination)[:, 0], weights, 1000 * seconds / len(images.grids)
+    combined = combine_maps(maps, list(fitted.shares.values()), way.combination)[:, 0]
+    return combined, weights, 1000 * seconds / len(images.grids)
 
 
 def measure(way: Way, maps: torch.Tensor, weights: torch.Tensor, images: Embedded) -> dict[str, float]:
@@ -293,12 +316,15 @@ def train(options: argparse.Namespace, seed: int) -> tuple[Pedenet, Embedded, di
     held_back = model._held_back  # noqa: SLF001 - what the training has chosen
     trained_on = range(len(datamodule.train_data)) if held_back is None else held_back.trained_on
     data = torch.utils.data.Subset(datamodule.train_data, trained_on)
-    normal = embed_all(model, torch.utils.data.DataLoader(data, collate_fn=datamodule.train_data.collate_fn))
-    images = {"": embed_all(model, datamodule.test_dataloader())}
+    sample = [data[index].image for index in torch.linspace(0, len(data) - 1, min(32, len(data))).long()]
+    projections = fit_projections(model, torch.cat([model.pre_processor.transform(image[None]) for image in sample]))
+    batches = torch.utils.data.DataLoader(data, collate_fn=datamodule.train_data.collate_fn)
+    normal = embed_all(model, projections, batches)
+    images = {"": embed_all(model, projections, datamodule.test_dataloader())}
     if held_back is not None:
         drawn = draw_test_defects(held_back.normal)
-        without = embed(model, held_back.normal, torch.zeros_like(drawn.masks))
-        images["drawn_"] = join([without, embed(model, drawn.images, drawn.masks)])
+        without = embed(model, projections, held_back.normal, torch.zeros_like(drawn.masks))
+        images["drawn_"] = join([without, embed(model, projections, drawn.images, drawn.masks)])
     return model, normal, images
 
 

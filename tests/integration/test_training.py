@@ -12,12 +12,12 @@ import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
-from anomalib_pedenet import Pedenet, PedenetModel, lightning_model
+from anomalib_pedenet import Pedenet, PedenetModel
 from anomalib_pedenet.criterion import draw_test_defects, drawn_defect_auroc
 from tests.integration.conftest import write_dataset
 
@@ -140,87 +140,6 @@ def test_the_smaller_limit_of_steps_stands(
     assert engine.trainer.global_step == expected
     # The last validation has run, whichever limit it was: without it there were no threshold.
     assert torch.isfinite(model.post_processor.image_threshold)
-
-
-class Rates(Callback):
-    """Notes the learning rate after each batch, by step."""
-
-    def __init__(self) -> None:
-        self.rates: dict[int, float] = {}
-
-    def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
-        del args
-        self.rates[trainer.global_step] = trainer.optimizers[0].param_groups[0]["lr"]
-
-    def assert_equal(self, expected: list[float]) -> None:
-        """Compare with the rates of a schedule after each step; after the last one there is none."""
-        for step, rate in self.rates.items():
-            assert step == len(expected) or rate == pytest.approx(expected[step]), step
-
-
-def one_cycle(total: int, rising: float) -> list[float]:
-    """Return the rates of a one-cycle schedule after each step."""
-    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=total, pct_start=rising / total)
-    rates = [schedule.get_last_lr()[0]]
-    for _ in range(total - 1):
-        optimizer.step()
-        schedule.step()
-        rates.append(schedule.get_last_lr()[0])
-    return rates
-
-
-@pytest.mark.parametrize(("learned_accuracy", "length"), [(1.01, 36), (0.0, 18)])
-def test_a_training_is_longer_where_location_prediction_has_hardly_learned(
-    datamodule: MVTecAD,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    learned_accuracy: float,
-    length: int,
-) -> None:
-    monkeypatch.setattr(lightning_model, "_STEPS", 18)
-    monkeypatch.setattr(lightning_model, "_LEARNED_ACCURACY", learned_accuracy)
-    rates = Rates()
-    with caplog.at_level(logging.INFO, logger="anomalib_pedenet"):
-        engine = train(datamodule, tmp_path, Pedenet(**{**SMALL, "steps_per_image": None}), rates)
-    assert engine.trainer.global_step == length
-    assert engine.trainer.current_epoch == length / 6
-    rates.assert_equal(one_cycle(length, rising=5.4))
-    said = [record.getMessage() for record in caplog.records if "hardly learned after 5 steps" in record.getMessage()]
-    assert len(said) == (length > 18)
-    assert all("36 steps instead of 18" in message for message in said)
-
-
-@pytest.fixture
-def nothing_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make trainings 20 steps long, and no accuracy enough to keep them so."""
-    monkeypatch.setattr(lightning_model, "_STEPS", 20)
-    monkeypatch.setattr(lightning_model, "_LEARNED_ACCURACY", 1.01)
-
-
-@pytest.mark.usefixtures("nothing_is_learned")
-def test_a_given_length_and_the_trainers_limits_stand_where_nothing_is_learned(
-    datamodule: MVTecAD, tmp_path: Path
-) -> None:
-    given = train(datamodule, tmp_path / "given", Pedenet(**SMALL, max_steps=12))
-    assert given.trainer.global_step == 12
-    limited = train(datamodule, tmp_path / "limited", Pedenet(**SMALL), max_steps=25)
-    assert limited.trainer.global_step == 25
-
-
-@pytest.mark.usefixtures("nothing_is_learned")
-def test_a_resumed_training_keeps_the_length_that_was_chosen(datamodule: MVTecAD, tmp_path: Path) -> None:
-    engine = train(datamodule, tmp_path / "first", Pedenet(**SMALL), max_epochs=5)  # of 6 steps each
-    assert engine.trainer.global_step == 30
-    rates = Rates()
-    resumed = Engine(
-        default_root_dir=tmp_path / "resumed", callbacks=[rates], logger=False, enable_progress_bar=False, max_epochs=-1
-    )
-    resumed.fit(Pedenet(**SMALL), datamodule=datamodule, ckpt_path=engine.best_model_path)
-    assert resumed.trainer.global_step == 40
-    assert min(rates.rates) > 30
-    rates.assert_equal(one_cycle(40, rising=6))
 
 
 @pytest.mark.parametrize(

@@ -88,15 +88,22 @@ def test_images_smaller_than_a_patch_are_refused() -> None:
 
 def test_product_is_the_geometric_mean_and_mean_the_arithmetic() -> None:
     maps = [torch.tensor([1.0, 4.0]), torch.tensor([4.0, 9.0])]
-    torch.testing.assert_close(combine_maps(maps, "product"), torch.tensor([2.0, 6.0]))
-    torch.testing.assert_close(combine_maps(maps, "mean"), torch.tensor([2.5, 6.5]))
+    torch.testing.assert_close(combine_maps(maps, combination="product"), torch.tensor([2.0, 6.0]))
+    torch.testing.assert_close(combine_maps(maps, combination="mean"), torch.tensor([2.5, 6.5]))
 
 
 @pytest.mark.parametrize("combination", ["product", "mean"])
 def test_one_map_stays_as_it_is(combination: str) -> None:
-    torch.testing.assert_close(combine_maps([torch.tensor([0.0, 2.0])], combination), torch.tensor([0.0, 2.0]))  # type: ignore[arg-type]
+    scores = torch.tensor([0.0, 2.0])
+    torch.testing.assert_close(combine_maps([scores], combination=combination), scores)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("combination", "expected"), [("product", [8.0, 0.0]), ("mean", [34 / 3, 1.0])])
+def test_a_map_of_weight_two_counts_as_two_maps(combination: str, expected: list[float]) -> None:
+    maps = [torch.tensor([2.0, 3.0]), torch.tensor([16.0, 0.0])]
+    torch.testing.assert_close(combine_maps(maps, [1.0, 2.0], combination), torch.tensor(expected))  # type: ignore[arg-type]
 
 
 def test_unknown_combination_is_refused() -> None:
     with pytest.raises(ValueError, match="'product' or 'mean', got 'max'"):
-        combine_maps([torch.zeros(1)], "max")  # type: ignore[arg-type]
+        combine_maps([torch.zeros(1)], combination="max")  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from anomalib_pedenet.networks import DensityEstimationNetwork, LocationPredictionNetwork, PatchEmbeddingNetwork
+from anomalib_pedenet.patches import MID_LEVEL_SIZES
 
 
 def count_parameters(*modules: torch.nn.Module) -> int:
@@ -33,12 +34,14 @@ def test_dense_equals_patch_by_patch(image_size: tuple[int, int], stride: int) -
     network.eval()
     images = torch.randn(2, 3, *image_size, dtype=torch.float64)
 
-    grids = network.embed_dense(images, stride)
+    grids = network.embed_dense(images, stride, [*MID_LEVEL_SIZES, 32, 64])
+    assert list(grids) == [*MID_LEVEL_SIZES, 32, 64]
 
     for patch_size, grid in grids.items():
         rows = range(0, image_size[0] - patch_size + 1, stride)
         columns = range(0, image_size[1] - patch_size + 1, stride)
-        assert grid.shape == (2, 64, len(rows), len(columns))
+        channels = network.mid_level_channels(patch_size) if patch_size in MID_LEVEL_SIZES else 64
+        assert grid.shape == (2, channels, len(rows), len(columns))
         for i, top in enumerate(rows):
             for j, left in enumerate(columns):
                 patch = images[:, :, top : top + patch_size, left : left + patch_size]
@@ -52,6 +55,19 @@ def test_dense_equals_patch_by_patch_in_float32() -> None:
     patches = image.unfold(2, 64, 8).unfold(3, 64, 8).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)  # [81, 3, 64, 64]
     dense = network.embed_dense(image, stride=8)[64].flatten(2)[0].T
     torch.testing.assert_close(dense, network(patches), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", MID_LEVEL_SIZES)
+def test_a_mid_level_embedding_sees_its_patch_and_nothing_else(size: int) -> None:
+    """Patches of 4k + 4 px, whose last row and column the first convolution's stride leaves out, as for 32 px."""
+    torch.manual_seed(0)
+    network = PatchEmbeddingNetwork().double().eval()
+    image = torch.randn(1, 3, 48, 48, dtype=torch.float64, requires_grad=True)
+    network.embed_dense(image, 2, [size])[size][0, :, 3, 2].sum().backward()
+    assert image.grad is not None
+    rows, columns = (image.grad[0].abs().sum(dim=(0, axis)).nonzero().flatten().tolist() for axis in (2, 1))
+    assert rows == list(range(6, 6 + size - 1))
+    assert columns == list(range(4, 4 + size - 1))
 
 
 def test_sub_patches_are_placed_as_in_the_patch() -> None:

@@ -92,7 +92,7 @@ def test_the_choice_equals_a_search_one_by_one() -> None:
 def test_a_large_weight_compares_with_the_same_place_only() -> None:
     torch.manual_seed(0)
     images, queries = torch.rand(3, 3, 96, 96), torch.rand(1, 3, 96, 96)
-    model = PedenetModel(patch_sizes=[32], stride=32, position_weight=1e3).eval()
+    model = PedenetModel(patch_sizes=[32], scored_sizes=[32], stride=32, position_weight=1e3).eval()
     model.fit(images.split(1))
     bank, query = model._embed(images, 32)[32], model._embed(queries, 32)[32]
     expected = (bank - query).norm(dim=1).amin(dim=0) / model.scorers["32"].typical_score  # [h, w]
@@ -102,12 +102,12 @@ def test_a_large_weight_compares_with_the_same_place_only() -> None:
 
 def test_a_given_weight_stays_and_tiles_have_no_position() -> None:
     images = torch.rand(2, 3, 96, 96)
-    assert PedenetModel(scored_sizes=(32, 64), position_weight=3.0).fit_position_weights(images) == {32: 3.0, 64: 3.0}
+    assert PedenetModel(scored_sizes=(32, 64), position_weight=3.0).calibrate(images) == {32: 3.0, 64: 3.0}
     same = images[:1].repeat(2, 1, 1, 1)
     model = PedenetModel(scored_sizes=(32, 64))
-    assert model.fit_position_weights(same) == {32: WEIGHTS[-1], 64: WEIGHTS[-1]}
+    assert model.calibrate(same) == {32: WEIGHTS[-1], 64: WEIGHTS[-1]}
     model.tiler = Tiler(tile_size=96, stride=96)
-    assert model.fit_position_weights(same) == {32: 0.0, 64: 0.0}
+    assert model.calibrate(same) == {32: 0.0, 64: 0.0}
 
 
 @pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])

@@ -21,6 +21,17 @@ def model() -> PedenetModel:
     return model
 
 
+@pytest.fixture
+def mid_level() -> PedenetModel:
+    torch.manual_seed(0)
+    model = PedenetModel(scored_sizes=(16, 32), stride=16, bank_size=300, position_weight=2.0).eval()
+    images = torch.rand(3, 3, 128, 160)
+    model.fit_standardization(images)
+    model.calibrate(images)
+    model.fit([images])
+    return model
+
+
 def naive_map(model: PedenetModel, image: torch.Tensor, size: int) -> torch.Tensor:
     """Cut, embed and score every patch by itself and average the scores over the pixels."""
     total, count = torch.zeros(image.shape[1:]), torch.zeros(image.shape[1:])
@@ -30,7 +41,11 @@ def naive_map(model: PedenetModel, image: torch.Tensor, size: int) -> torch.Tens
         for left in range(0, image.shape[2] - size + 1, model.stride):
             window = slice(top, top + size), slice(left, left + size)
             patch = model.standardize(image[(slice(None), *window)])
-            embedding = model.embedding_network(patch[None])[0].tolist()
+            embedded = model.embedding_network(patch[None])[0]
+            if str(size) in model.projections:
+                projection = model.projections[str(size)]
+                embedded = projection.components @ (embedded - projection.center)
+            embedding = embedded.tolist()
             position = [model.position_weight * side / max(image.shape) for side in (top, left)]
             total[window] += cdist([embedding + position], bank).min()
             count[window] += 1
@@ -86,10 +101,50 @@ def test_the_small_scale_alone_has_no_large_encoder() -> None:
         model.embedding_network(torch.zeros(1, 3, 64, 64))
 
 
-def test_the_smallest_trained_scale_is_scored_by_default(model: PedenetModel) -> None:
-    small = PedenetModel(stride=16, bank_size=300, position_weight=2.0).eval()
-    missing, unexpected = small.load_state_dict(model.state_dict(), strict=False)
-    assert not missing
+def test_mid_level_patches_are_scored_as_the_slow_way_does(mid_level: PedenetModel) -> None:
+    image = torch.rand(3, 96, 80)
+    small, large = naive_map(mid_level, image, 16), naive_map(mid_level, image, 32)
+    predicted = mid_level(image[None]).anomaly_map[0, 0]
+    torch.testing.assert_close(predicted, (small * large).sqrt(), rtol=1e-3, atol=1e-3)
+
+    mid_level.weigh_scales({32: 0.5, 64: 0.9})
+    predicted = mid_level(image[None]).anomaly_map[0, 0]
+    torch.testing.assert_close(predicted, (small * large.sqrt()) ** (2 / 3), rtol=1e-3, atol=1e-3)
+
+
+def test_a_scale_that_learned_nothing_takes_neither_time_nor_memory(mid_level: PedenetModel) -> None:
+    image = torch.rand(3, 96, 80)
+    expected = naive_map(mid_level, image, 16)
+    mid_level.weigh_scales({32: 0.05, 64: 0.0})
+    torch.testing.assert_close(mid_level(image[None]).anomaly_map[0, 0], expected, rtol=1e-3, atol=1e-3)
+    assert mid_level.calibrate(torch.rand(2, 3, 96, 96)) == {16: 2.0}
+    mid_level.fit([torch.rand(3, 3, 128, 160)])
+    assert mid_level.scorers["16"].is_fitted
+    assert not mid_level.scorers["32"].is_fitted  # nor is there what an earlier fit had left
+    assert mid_level.is_fitted
+    layers: list[torch.nn.Module] = []
+    for layer in mid_level.embedding_network.small_encoder:
+        layer.register_forward_hook(lambda module, *_: layers.append(module))
+    mid_level(image[None])
+    assert sum(isinstance(layer, torch.nn.Conv2d) for layer in layers) == 3
+
+
+def test_scales_that_are_all_trained_count_alike(model: PedenetModel) -> None:
+    model.weigh_scales({32: 0.0, 64: 0.3})
+    assert model.scale_shares == {32: 1.0, 64: 1.0}
+
+
+def test_the_scored_scales_by_default() -> None:
+    assert PedenetModel().scored_sizes == (20, 32)
+    assert PedenetModel(patch_sizes=(32,)).scored_sizes == (20, 32)
+    assert PedenetModel(patch_sizes=(64,)).scored_sizes == (64,)
+
+
+def test_one_trained_scale_is_scored_alone(model: PedenetModel) -> None:
+    small = PedenetModel(scored_sizes=(32,), stride=16, bank_size=300, position_weight=2.0).eval()
+    state = {name: value for name, value in model.state_dict().items() if name != "_extra_state"}
+    missing, unexpected = small.load_state_dict(state, strict=False)
+    assert missing == ["_extra_state"]
     assert {name.split(".")[1] for name in unexpected} == {"64"}
     small.fit([torch.rand(3, 3, 128, 160)])
     image = torch.rand(3, 48, 80)  # too small for a patch of 64 px
