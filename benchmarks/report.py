@@ -123,7 +123,7 @@ def bars(rows: pd.DataFrame, path: Path) -> None:
         axes.bar(places, means, width, yerr=deviations, capsize=3, label=method)
     axes.set(ylabel="pixel AUROC", ylim=(0.5, 1), xticks=range(len(categories)), xticklabels=categories)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(methods), frameon=False)
     figure.savefig(path, dpi=120)
 
 
