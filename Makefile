@@ -10,9 +10,6 @@ CATEGORIES ?=
 METHODS ?=
 ROOT ?=
 IMAGE_SIZE ?= 256,256
-comma := ,
-empty :=
-space := $(empty) $(empty)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -72,7 +69,7 @@ bench-step: $(STAMP) ## Profile a training step: steps/s, arithmetic, memory (DA
 	$(BIN)/python benchmarks/step.py --data $(DATA) --set "$(BASE)"
 
 reproduce: $(STAMP) ## Tables 1 to 4 and figures, in runs/reproduce; goes on where it was stopped (CATEGORIES=bottle,tile SEEDS=0,1,2 ROOT=... METHODS="a;b" DATA=... IMAGE_SIZE=...)
-	$(BIN)/python benchmarks/reproduce.py --data $(DATA) --seeds $(subst $(space),$(comma),$(SEEDS)) --image_size $(IMAGE_SIZE) \
+	$(BIN)/python benchmarks/reproduce.py --data $(DATA) --seeds "$(SEEDS)" --image_size $(IMAGE_SIZE) \
 	    $(if $(CATEGORIES),--categories "$(CATEGORIES)") $(if $(METHODS),--methods "$(METHODS)") $(if $(ROOT),--root "$(ROOT)")
 
 clean: ## Remove the environment and what builds, checks and the demo have written

@@ -57,8 +57,8 @@ MIN_TRAINING_IMAGES = 2
 # Their statistics are those of the training set to a percent or so, and take a second to read.
 _STANDARDIZATION_IMAGES = 64
 
-# Enough to tell aligned parts from unaligned ones: 27,000 patches of 256x256 images.
-_POSITION_IMAGES = 32
+# Enough to tell aligned parts from unaligned ones, and for principal components: 27,000 patches of 256x256 images.
+_CALIBRATION_IMAGES = 32
 
 _MAX_HELD_BACK = 32
 
@@ -572,7 +572,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             if self._last_metrics and self.hparams.lambda_lpn > 0:
                 losses = {size: self._last_metrics[f"loss_lpn_{size}"] for size in self.model.patch_sizes}
                 self.model.weigh_scales({size: 1 - float(synthetic_weight(loss)) for size, loss in losses.items()})
-            weights = self.model.calibrate(self._sample_of_normal_images(_POSITION_IMAGES), bank_stride)
+            weights = self.model.calibrate(self._sample_of_normal_images(_CALIBRATION_IMAGES), bank_stride)
             images = self._normal_images(self._trained_on)
             progress = tqdm(images, "Building the memory bank", len(images), disable=not self.trainer.is_global_zero)
             self.model.fit(progress, stride=bank_stride)

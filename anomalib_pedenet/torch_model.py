@@ -265,9 +265,8 @@ class PedenetModel(nn.Module):
                 msg = "Tiles have no place in the image, by which this scorer goes: turn tiling off, or use 'exact'."
                 raise ValueError(msg)
         stride = stride or self.stride
-        for size in self.scored_sizes:
-            if size not in self.scale_shares:
-                self.scorers[str(size)] = self._make_scorer(size)  # without the bank of an earlier fit
+        for size in set(self.scored_sizes) - set(self.scale_shares):
+            self.scorers[str(size)] = self._make_scorer(size)  # without the bank of an earlier fit
         scorers = [self.scorers[str(size)] for size in self.scale_shares]
         for scorer in scorers:
             scorer.reset(0)

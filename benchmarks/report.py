@@ -8,8 +8,9 @@ Example:
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,6 +45,12 @@ LOSSES = (
 )
 
 Format = Callable[[float], str]
+
+
+def run_name(row: Mapping[Any, Any]) -> str:
+    """Return the name of a run's files, from its category, method and seed."""
+    method = "".join(letter if letter.isalnum() else "_" for letter in row["method"])
+    return f"{row['category']}-{method}-{row['seed']}"
 
 
 def mean_and_deviation(values: pd.Series) -> str:
@@ -172,8 +179,7 @@ def render(output: Path) -> Path:
         Path: The report, ``results.md``, beside its figures.
     """
     rows = pd.read_csv(output / "results.csv")
-    letters = rows["method"].map(lambda name: "".join(letter if letter.isalnum() else "_" for letter in name))
-    rows["file"] = rows["category"] + "-" + letters + "-" + rows["seed"].astype(str)
+    rows["file"] = [run_name(row) for row in rows.to_dict("records")]
     methods, losses = rows[rows["table"] == "methods"], rows[rows["table"] == "losses"]
     published = pd.read_csv(PUBLISHED)
     versions = [f"{name} {'/'.join(rows[name].astype(str).unique())}" for name in ("anomalib", "torch", "python")]

@@ -23,23 +23,27 @@ import tempfile
 import time
 from collections.abc import Generator, Sequence
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import yaml
+from anomalib import models
 from anomalib.data import AnomalibDataModule, get_datamodule
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Max
-from anomalib.models import AnomalibModule, get_model
+from anomalib.models import AnomalibModule
 from anomalib.pipelines.components import Job, JobGenerator
 from anomalib.pipelines.components.runners import ParallelRunner, SerialRunner
 from lightning.pytorch import seed_everything
-from report import render
+from report import render, run_name
+from step import processor_name
 from torch.utils.flop_counter import FlopCounterMode
+from train import read_data_config
 
 from anomalib_pedenet.post_processor import PedenetPostProcessor
 
@@ -50,13 +54,8 @@ _KEPT_MAPS = 6
 
 def hardware() -> str:
     """Return the processor, and the GPU if there is one."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores{gpu}"
+    return f"{processor_name()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores{gpu}"
 
 
 def measure_cost(model: AnomalibModule, image_size: Sequence[int]) -> dict[str, float]:
@@ -123,7 +122,6 @@ class ReproduceJob(Job):
     """
 
     name = "reproduce"
-    output: ClassVar[Path]
 
     def __init__(self, key: dict[str, Any], options: dict[str, Any]) -> None:
         super().__init__()
@@ -140,11 +138,10 @@ class ReproduceJob(Job):
             dict[str, Any]: The row of the run.
         """
         image_size = self.options["image_size"]
-        model = get_model(self.options["model"])
         seed_everything(self.key["seed"])
-        kind = type(model)
-        model = kind(
-            **dict(self.options["model"].get("init_args") or {}),
+        kind = getattr(models, self.options["model"]["class_path"].split(".")[-1])
+        model: AnomalibModule = kind(
+            **self.options["model"].get("init_args", {}),
             pre_processor=kind.configure_pre_processor(tuple(image_size)),
             evaluator=Evaluator(
                 [],
@@ -173,8 +170,8 @@ class ReproduceJob(Job):
             seconds = time.monotonic() - start
             engine.validate(model, datamodule=datamodule, verbose=False)
             metrics = dict(engine.test(model, datamodule=datamodule, verbose=False)[0])
-            folder = Path(self.options["output"]) / "runs"
-            keep_maps(engine, model, datamodule, folder / f"{run_name(self.key)}.npz")
+            file = Path(self.options["output"]) / "runs" / run_name(self.key)
+            keep_maps(engine, model, datamodule, file.with_name(f"{file.name}.npz"))
         row = {
             **self.key,
             **{name: round(float(value), 4) for name, value in metrics.items()},
@@ -185,9 +182,9 @@ class ReproduceJob(Job):
             "python": platform.python_version(),
             **{name: version(name) for name in ("anomalib", "anomalib-pedenet", "torch")},
         }
-        unfinished = folder / f"{run_name(self.key)}.json.part"
+        unfinished = file.with_name(f"{file.name}.json.part")
         unfinished.write_text(json.dumps(row, indent=1), encoding="utf-8")
-        unfinished.replace(folder / f"{run_name(self.key)}.json")  # whole, or not there
+        unfinished.replace(file.with_name(f"{file.name}.json"))  # whole, or not there
         print(f"{row['category']}, {row['method']}, seed {row['seed']}: {metrics}", flush=True)
         return row
 
@@ -199,12 +196,6 @@ class ReproduceJob(Job):
     @staticmethod
     def save(results: list[dict[str, Any]]) -> None:
         """Do nothing: every run has saved itself."""
-
-
-def run_name(key: dict[str, Any]) -> str:
-    """Return the name of a run's files."""
-    method = "".join(letter if letter.isalnum() else "_" for letter in key["method"])
-    return f"{key['category']}-{method}-{key['seed']}"
 
 
 class ReproduceJobGenerator(JobGenerator):
@@ -232,36 +223,30 @@ class ReproduceJobGenerator(JobGenerator):
             msg = f"Unknown methods {', '.join(sorted(unknown))}: {args['methods_file']} has {', '.join(methods)}."
             raise SystemExit(msg)
         (args["output"] / "runs").mkdir(parents=True, exist_ok=True)
-        for seed in args["seeds"]:
-            for category in args["categories"] or [None]:
-                for method in args["methods"] or methods:
-                    data = yaml.safe_load(args["data"].read_text(encoding="utf-8"))
-                    if args["root"] is not None:
-                        data["init_args"]["root"] = str(args["root"])
-                    if category is not None:
-                        data["init_args"]["category"] = category
-                    name = category or data["init_args"].get("category") or data["init_args"]["name"]
-                    options = {
-                        "model": methods[method]["model"],
-                        "data": data,
-                        "image_size": args["image_size"],
-                        "accelerator": args["accelerator"],
-                        "output": str(args["output"]),
-                    }
-                    settings = json.dumps([options["model"], data["class_path"], args["image_size"]], sort_keys=True)
-                    key = {
-                        "category": name,
-                        "method": method,
-                        "seed": seed,
-                        "table": methods[method]["table"],
-                        "settings": hashlib.sha256(settings.encode()).hexdigest()[:12],
-                    }
-                    file = args["output"] / "runs" / f"{run_name(key)}.json"
-                    row = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-                    if row.get("settings") == key["settings"]:
-                        print(f"{name}, {method}, seed {seed}: finished before", flush=True)
-                        continue
-                    yield ReproduceJob(key, options)
+        runs = product(args["seeds"], args["categories"] or [None], args["methods"] or methods)
+        for seed, category, method in runs:
+            data = read_data_config(args["data"], args["root"], category)
+            options = {
+                "model": methods[method]["model"],
+                "data": data,
+                "image_size": args["image_size"],
+                "accelerator": args["accelerator"],
+                "output": str(args["output"]),
+            }
+            settings = json.dumps([options["model"], data["class_path"], args["image_size"]], sort_keys=True)
+            key = {
+                "category": data["init_args"].get("category") or data["init_args"]["name"],
+                "method": method,
+                "seed": seed,
+                "table": methods[method]["table"],
+                "settings": hashlib.sha256(settings.encode()).hexdigest()[:12],
+            }
+            file = args["output"] / "runs" / f"{run_name(key)}.json"
+            row = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            if row.get("settings") == key["settings"]:
+                print(f"{key['category']}, {method}, seed {seed}: finished before", flush=True)
+                continue
+            yield ReproduceJob(key, options)
 
 
 def main() -> None:
@@ -269,11 +254,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
 
     def names(text: str) -> list[str]:
-        return [name.strip() for name in text.split(",") if name.strip()]
+        return text.replace(",", " ").split()
 
     parser.add_argument("--data", type=Path, default=Path("configs/data/mvtec_ad.yaml"), help="data module")
     parser.add_argument("--root", type=Path, help="root of the data set, instead of the configuration's")
-    parser.add_argument("--categories", type=names, help="comma-separated; by default the configuration's")
+    parser.add_argument("--categories", type=names, help="by default the configuration's")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in names(text)], default=[0])
     parser.add_argument(
         "--methods",

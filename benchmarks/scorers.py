@@ -33,7 +33,6 @@ Example:
 
 import argparse
 import ctypes
-import platform
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -47,7 +46,7 @@ import torch
 from anomalib.models.image.patchcore.torch_model import DEFAULT_CHUNK_SIZE, PatchcoreModel
 from matplotlib.figure import Figure
 from sklearn.neighbors import NearestNeighbors
-from step import matrix_throughput
+from step import matrix_throughput, processor_name
 from train import append
 
 from anomalib_pedenet.scorers import SCORERS, make_scorer
@@ -278,14 +277,6 @@ def parse_arguments() -> argparse.Namespace:
     if options.rounds < 1 or options.seconds <= 0:
         parser.error("--rounds must be at least 1, and --seconds above 0")
     return options
-
-
-def processor_name() -> str:
-    """Return the processor's name, as far as the system says it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ Example:
 """
 
 import argparse
+import platform
 import resource
 import statistics
 import tempfile
@@ -69,6 +70,14 @@ class Watch(Callback):
         elif step == self.timed.stop + PROFILED + 1:
             self.counter.__exit__(None, None, None)
         self.last = time.perf_counter()
+
+
+def processor_name() -> str:
+    """Return the processor's name, as far as the system says it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def matrix_throughput(dtype: torch.dtype, device: torch.device, side: int = 4096, repeats: int = 10) -> float:

@@ -75,14 +75,19 @@ class Curve(Callback):
         self.logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name in LOGGED}
 
 
+def read_data_config(path: Path, root: Path | None, category: str | None) -> dict[str, Any]:
+    """Read the configuration of a data module, with another root or category if one is given."""
+    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if root is not None:
+        config["init_args"]["root"] = str(root)
+    if category is not None:
+        config["init_args"]["category"] = category
+    return config
+
+
 def make_datamodule(options: argparse.Namespace) -> AnomalibDataModule:
     """Make the data module that the options name."""
-    config = yaml.safe_load(options.data.read_text(encoding="utf-8"))
-    if options.root is not None:
-        config["init_args"]["root"] = str(options.root)
-    if options.category is not None:
-        config["init_args"]["category"] = options.category
-    return get_datamodule(config)
+    return get_datamodule(read_data_config(options.data, options.root, options.category))
 
 
 def run(

@@ -17,6 +17,7 @@ import yaml
 from anomalib.models import get_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ALL_METHODS = yaml.safe_load((BENCHMARKS / "methods.yaml").read_text(encoding="utf-8"))
 TINY = {"max_steps": 2, "crops_per_step": 1, "bank_size": 300}
 METHODS = {
     "Pedenet": {"table": "methods", "model": {"class_path": "Pedenet", "init_args": TINY}},
@@ -95,9 +96,9 @@ def test_an_unknown_method_is_named(dataset_root: Path, tmp_path: Path) -> None:
     assert "Unknown methods PaDiN" in said.stderr
 
 
-@pytest.mark.parametrize("name", yaml.safe_load((BENCHMARKS / "methods.yaml").read_text(encoding="utf-8")))
+@pytest.mark.parametrize("name", ALL_METHODS)
 def test_every_method_is_a_model(name: str) -> None:
-    method = yaml.safe_load((BENCHMARKS / "methods.yaml").read_text(encoding="utf-8"))[name]
+    method = ALL_METHODS[name]
     assert method["table"] in {"methods", "losses"}
     assert type(get_model(method["model"])).__name__ == method["model"]["class_path"]
 

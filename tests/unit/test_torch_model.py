@@ -11,25 +11,24 @@ from scipy.spatial.distance import cdist
 from anomalib_pedenet import PedenetModel
 
 
-@pytest.fixture
-def model() -> PedenetModel:
+def fitted(*scored_sizes: int) -> PedenetModel:
     torch.manual_seed(0)
-    model = PedenetModel(scored_sizes=(32, 64), stride=16, bank_size=300, position_weight=2.0).eval()
-    images = torch.rand(3, 3, 128, 160)
-    model.fit_standardization(images)
-    model.fit([images])
-    return model
-
-
-@pytest.fixture
-def mid_level() -> PedenetModel:
-    torch.manual_seed(0)
-    model = PedenetModel(scored_sizes=(16, 32), stride=16, bank_size=300, position_weight=2.0).eval()
+    model = PedenetModel(scored_sizes=scored_sizes, stride=16, bank_size=300, position_weight=2.0).eval()
     images = torch.rand(3, 3, 128, 160)
     model.fit_standardization(images)
     model.calibrate(images)
     model.fit([images])
     return model
+
+
+@pytest.fixture
+def model() -> PedenetModel:
+    return fitted(32, 64)
+
+
+@pytest.fixture
+def mid_level() -> PedenetModel:
+    return fitted(16, 32)
 
 
 def naive_map(model: PedenetModel, image: torch.Tensor, size: int) -> torch.Tensor:
