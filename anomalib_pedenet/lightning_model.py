@@ -23,16 +23,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from anomalib import LearningType
-from anomalib.data import Batch
-from anomalib.metrics import Evaluator
+from anomalib import LearningType, TaskType
+from anomalib.data import AnomalibDataModule, Batch
+from anomalib.deploy import CompressionType
+from anomalib.metrics import Evaluator, F1Score
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
+from lightning_utilities.core.imports import module_available
 from torch.utils.data import DataLoader, Subset
+from torchmetrics import Metric
 from tqdm import tqdm
 
 from anomalib_pedenet.anomaly_map import Combination
@@ -107,7 +110,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             both. Defaults to ``(32, 64)``.
         scored_sizes (Sequence[int] | None): Sizes of the patches to score, whose maps are combined: those of
             ``patch_sizes``, and 12, 16, 20, 24 or 28, which the network embeds on its way to 32 and which see finer
-            defects. ``None`` for 20 and 32, or for 64 where that alone is trained. Defaults to ``None``.
+            defects. ``None`` for 16, 24 and 32, or for 64 where that alone is trained. Defaults to ``None``.
         stride (int): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2. Smaller is
             slower and finer. May be changed for a trained checkpoint. Defaults to ``8``.
         combination (str): How the maps of two scales become one: ``"product"`` (geometric mean) or ``"mean"``.
@@ -120,9 +123,10 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             loaded checkpoint's, else ``"exact"``. Defaults to ``None``.
         bank_size (float): Largest number of rows of each scale's memory bank, chosen from the embeddings of all
             training images; below 1, as a fraction of them (0.1: a tenth). Memory, export size and search time grow
-            with it. Defaults to ``15_000``.
+            with it. Defaults to ``4_000``.
         coreset (str): How the bank's rows are chosen: ``"uniform"`` (at random), ``"k_center"`` (greedily far apart, as
-            PatchCore) or ``"k_means"`` (centroids). The latter two are for small banks. Defaults to ``"uniform"``.
+            PatchCore), ``"k_means"`` (centroids), or ``"auto"`` for k-means up to 5,000 rows and a uniform subset
+            beyond. Defaults to ``"auto"``.
         bank_stride (int): Distance in pixels between the patches of the training images that may enter the bank, a
             multiple of 2. Defaults to ``8``.
         bank_seed (int): Seed of the bank and of other scorers. Defaults to ``0``.
@@ -206,8 +210,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         stride: int = 8,
         combination: Combination = "product",
         scorer: str | dict[str, Any] | None = None,
-        bank_size: float = 15_000,
-        coreset: Coreset = "uniform",
+        bank_size: float = 4_000,
+        coreset: Coreset = "auto",
         bank_stride: int = 8,
         bank_seed: int = 0,
         position_weight: float | Literal["auto"] = "auto",
@@ -850,6 +854,52 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
                 )
                 raise ValueError(msg)
         return super().to_onnx(*args, **kwargs)
+
+    def _compress_ov_model(
+        self,
+        model: Any,  # noqa: ANN401 - of OpenVINO, which is optional
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        metric: Metric | None = None,
+        task: TaskType | None = None,
+        max_drop: float = 0.01,
+    ) -> Any:  # noqa: ANN401
+        """Compress the convolutions of an OpenVINO model; see ``ExportMixin``, which has the like for whole models.
+
+        anomalib calibrates on the validation images, which are test images for most data modules: here it is on the
+        training images. The metric of accuracy control is measured on the validation images.
+
+        Raises:
+            ModuleNotFoundError: If NNCF is not installed.
+            ValueError: If there is no data module although images are needed, or ``max_drop`` is outside 0..1.
+        """
+        if not module_available("nncf"):
+            msg = "Compression to INT8 needs NNCF: pip install 'anomalib-pedenet[openvino]'."
+            raise ModuleNotFoundError(msg, name="nncf")
+        from anomalib_pedenet import quantization
+
+        if compression_type == CompressionType.INT8:
+            return quantization.compress_weights(model)
+        if datamodule is None:
+            msg = (
+                f"{compression_type.name} needs images to calibrate on: pass the data module of the training (--data "
+                "on the command line)."
+            )
+            raise ValueError(msg)
+        if not 0 <= max_drop <= 1:
+            msg = f"max_drop must be between 0 and 1, got {max_drop}."
+            raise ValueError(msg)
+        datamodule.setup("fit")
+        loader = datamodule.train_dataloader()
+        count = len(loader.dataset)
+        chosen = torch.linspace(0, count - 1, min(count, quantization.MAX_CALIBRATION_IMAGES)).long().tolist()
+        images = _NormalImages(loader, None, torch.device("cpu"), chosen)
+        if compression_type == CompressionType.INT8_PTQ:
+            return quantization.quantize(model, images)
+        validation = datamodule.val_data
+        labelled = DataLoader(validation, batch_size=1, collate_fn=validation.collate_fn)
+        metric = metric or F1Score(fields=["pred_label", "gt_label"])
+        return quantization.quantize_with_accuracy_control(model, images, labelled, metric, max_drop)
 
 
 def _check_finite(batch: Batch) -> None:

@@ -28,11 +28,11 @@ from anomalib_pedenet.position import PositionEncoding, choose_weight
 from anomalib_pedenet.projection import PrincipalProjection
 from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
 
-MIN_SCALE_WEIGHT = 0.1
+MIN_SCALE_WEIGHT = 0.2
 """A scale that counts less beside another, which counts 1, is not worth its time."""
 
-SCORED_MID_LEVEL_SIZE = 20
-"""Side in pixels of the mid-level patches that are scored by default."""
+SCORED_MID_LEVEL_SIZES = (16, 24)
+"""Sides in pixels of the mid-level patches that are scored by default."""
 
 
 def default_scored_sizes(patch_sizes: Sequence[int]) -> tuple[int, ...]:
@@ -42,11 +42,12 @@ def default_scored_sizes(patch_sizes: Sequence[int]) -> tuple[int, ...]:
         patch_sizes (Sequence[int]): Scales that are trained.
 
     Returns:
-        tuple[int, ...]: Mid-level patches and the sub-patches, which between them find fine and coarse defects; the
-            paper's patches alone where those alone are trained.
+        tuple[int, ...]: Mid-level patches and the sub-patches, which between them find fine and coarse defects and of
+            which :meth:`PedenetModel.weigh_scales` leaves some out; the paper's patches alone where those alone are
+            trained.
     """
     smallest = min(patch_sizes)
-    return (SCORED_MID_LEVEL_SIZE, smallest) if smallest == SUB_PATCH_SIZE else (smallest,)
+    return (*SCORED_MID_LEVEL_SIZES, smallest) if smallest == SUB_PATCH_SIZE else (smallest,)
 
 
 class PedenetModel(nn.Module):
@@ -64,8 +65,8 @@ class PedenetModel(nn.Module):
         scorer (str | Mapping[str, Any]): Scorer of each scale, see :func:`anomalib_pedenet.scorers.make_scorer`.
             Defaults to ``"exact"``.
         bank_size (float): Largest number of rows of each scale's memory bank, for scorers that have one; below 1, as a
-            fraction of all embeddings. Defaults to ``15_000``.
-        coreset (Coreset): How they are chosen, see :mod:`anomalib_pedenet.scorers.coreset`. Defaults to ``"uniform"``.
+            fraction of all embeddings. Defaults to ``4_000``.
+        coreset (Coreset): How they are chosen, see :mod:`anomalib_pedenet.scorers.coreset`. Defaults to ``"auto"``.
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         num_components (int): Number K of mixture components of the DE network. Defaults to ``10``.
         seed (int): Seed of the scorers. Defaults to ``0``.
@@ -96,8 +97,8 @@ class PedenetModel(nn.Module):
         stride: int = 8,
         combination: Combination = "product",
         scorer: str | Mapping[str, Any] = "exact",
-        bank_size: float = 15_000,
-        coreset: Coreset = "uniform",
+        bank_size: float = 4_000,
+        coreset: Coreset = "auto",
         embedding_dim: int = 64,
         num_components: int = 10,
         seed: int = 0,
@@ -197,18 +198,22 @@ class PedenetModel(nn.Module):
         self._scale_weights = state.tolist()
 
     def weigh_scales(self, learned: Mapping[int, float]) -> None:
-        """Weigh the scored scales by how much was learned, if there are mid-level ones, which always count 1.
+        """Weigh the scored scales by how much was learned, if there are mid-level ones.
 
         Where location prediction stays at chance, as on surfaces that look alike everywhere, the embeddings it is asked
         of have lost what they had at the start and gained nothing; what comes before them in the encoder has lost less.
+        So a trained scale counts as far as it has learned. Mid-level ones count 1, but of several the finest counts as
+        far as the smallest trained scale has not learned.
 
         Args:
             learned (Mapping[int, float]): For each trained size, from 0, nothing (location prediction at chance), to 1.
-                Below :data:`MIN_SCALE_WEIGHT` the scale is left out, and takes neither memory nor time.
+                Scales that count less than :data:`MIN_SCALE_WEIGHT` are left out, and take neither memory nor time.
         """
         if not self.projections:
             return
-        weights = [1.0 if str(size) in self.projections else learned[size] for size in self.scored_sizes]
+        weights = [learned.get(size, 1.0) for size in self.scored_sizes]
+        if len(self.projections) > 1:
+            weights[0] = 1 - learned[min(learned)]
         self._scale_weights = [weight if weight >= MIN_SCALE_WEIGHT else 0.0 for weight in weights]
 
     def check_is_fitted(self) -> None:

@@ -68,8 +68,8 @@ class Way(NamedTuple):
     stride: int = 8
     bank_stride: int = 8
     scorer: str | dict[str, Any] = "exact"
-    bank_size: int = 15_000
-    coreset: Coreset = "uniform"
+    bank_size: int = 4_000
+    coreset: Coreset = "auto"
     position: float | None = None
     smoothing: float = 0.0
     top_share: float = 0.0
@@ -79,7 +79,7 @@ WAYS = {
     "defaults": Way(),
     **{f"stride {stride}": Way(stride=stride) for stride in (2, 4, 16, 32)},
     **{f"bank_stride {stride}": Way(bank_stride=stride) for stride in (2, 4, 16, 32)},
-    **{f"bank_size {size}": Way(bank_size=size) for size in (200, 1_000, 5_000, 20_000, 50_000, 100_000)},
+    **{f"bank_size {size}": Way(bank_size=size) for size in (500, 1_000, 2_000, 5_000, 15_000, 50_000)},
     **{f"position_weight {weight}": Way(position=weight) for weight in (0.0, 4.0, 8.0, 16.0, 32.0, 64.0)},
     **{f"{size} px": Way(sizes=(size,)) for size in (*MID_LEVEL_SIZES, 32, 64)},
     **{f"{size} and 32 px": Way(sizes=(size, 32)) for size in MID_LEVEL_SIZES},
@@ -104,7 +104,7 @@ SCORER_WAYS = {
         for size in (500, 1_000, 2_000, 5_000, 10_000)
         for coreset in ("uniform", "k_center", "k_means")
     },
-    **{f"exact, uniform, {size} rows": Way(bank_size=size) for size in (20_000, 50_000, 100_000)},
+    **{f"exact, uniform, {size} rows": Way(bank_size=size) for size in (15_000, 50_000, 100_000)},
     "exact, without position": Way(position=0.0),
     **{f"exact, {k} neighbours": Way(scorer=with_arguments("exact", num_neighbors=k)) for k in (3, 9)},
     "exact, re-weighted": Way(scorer=with_arguments("exact", reweight_neighbors=9)),

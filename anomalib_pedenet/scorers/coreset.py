@@ -4,14 +4,15 @@
 """Small memory banks: which rows, or which centroids, stand for all normal embeddings.
 
 Rows stream in; what is held in memory is bounded by the bank's size, whatever the size of the training set. Greedy
-k-center and k-means need to see many rows at once: they choose from a uniform subset of 20 and 10 times the bank's size.
+k-center and k-means need to see many rows at once: they choose from a uniform subset of 20 and 10 times the bank's
+size.
 """
 
 import logging
 import time
 import warnings
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,7 +20,10 @@ from anomalib.models.components import KCenterGreedy
 
 logger = logging.getLogger(__name__)
 
-Coreset = Literal["uniform", "k_center", "k_means"]
+Coreset = Literal["auto", "uniform", "k_center", "k_means"]
+
+MAX_KMEANS_ROWS = 5_000
+"""``"auto"`` is k-means up to this many rows: beyond, it takes long and is hardly better than a uniform subset."""
 
 # Lloyd's iterations; more of them bring rows less than 0.2 % nearer to their centroids.
 _KMEANS_ITERATIONS = 3
@@ -191,7 +195,8 @@ def make_bank_builder(coreset: Coreset, size: int, seed: int = 0) -> BankBuilder
     """Return a builder of banks by its name.
 
     Args:
-        coreset (Coreset): ``"uniform"``, ``"k_center"`` or ``"k_means"``.
+        coreset (Coreset): ``"uniform"``, ``"k_center"``, ``"k_means"``, or ``"auto"`` for k-means up to
+            :data:`MAX_KMEANS_ROWS` rows and a uniform subset beyond.
         size (int): Largest number of rows, at least 1.
         seed (int): Seed of whatever is random. Defaults to ``0``.
 
@@ -201,7 +206,9 @@ def make_bank_builder(coreset: Coreset, size: int, seed: int = 0) -> BankBuilder
     Raises:
         ValueError: If the name is unknown.
     """
+    if coreset == "auto":
+        coreset = "k_means" if size <= MAX_KMEANS_ROWS else "uniform"
     if coreset not in _BUILDERS:
-        msg = f"coreset must be one of {', '.join(map(repr, _BUILDERS))}, got {coreset!r}."
+        msg = f"coreset must be one of {', '.join(map(repr, get_args(Coreset)))}, got {coreset!r}."
         raise ValueError(msg)
     return _BUILDERS[coreset](size, seed)

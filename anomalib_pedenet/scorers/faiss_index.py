@@ -49,8 +49,8 @@ class FaissScorer(MemoryBankScorer):
 
     Args:
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
-        bank_size (float): Largest number of rows of the bank, or below 1 a fraction. Defaults to ``50_000``.
-        coreset (Coreset): How they are chosen, see :class:`MemoryBankScorer`. Defaults to ``"uniform"``.
+        bank_size (float): Largest number of rows of the bank, or below 1 a fraction. Defaults to ``4_000``.
+        coreset (Coreset): How they are chosen, see :class:`MemoryBankScorer`. Defaults to ``"auto"``.
         seed (int): Seed of that choice. Defaults to ``0``.
         index (str): ``"flat"`` (exact), ``"ivf"`` (inverted file), ``"hnsw"`` (graph), ``"pq"`` (inverted
             file of product-quantised rows, a small bank) or a string for ``faiss.index_factory``.
@@ -73,8 +73,8 @@ class FaissScorer(MemoryBankScorer):
     def __init__(
         self,
         embedding_dim: int = 64,
-        bank_size: float = 50_000,
-        coreset: Coreset = "uniform",
+        bank_size: float = 4_000,
+        coreset: Coreset = "auto",
         seed: int = 0,
         index: str = "ivf",
         num_neighbors: int = 1,

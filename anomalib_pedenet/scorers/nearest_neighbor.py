@@ -28,9 +28,9 @@ class MemoryBankScorer(Scorer):
     Args:
         embedding_dim (int): Dimension Z of the embeddings that arrive. Defaults to ``64``.
         bank_size (float): Largest number of rows of the bank; below 1, as a fraction of all embeddings.
-            Defaults to ``50_000``.
-        coreset (Coreset): How they are chosen: ``"uniform"``, ``"k_center"`` or ``"k_means"``, see
-            :mod:`anomalib_pedenet.scorers.coreset`. Defaults to ``"uniform"``.
+            Defaults to ``4_000``.
+        coreset (Coreset): How they are chosen: ``"uniform"``, ``"k_center"``, ``"k_means"`` or ``"auto"``, see
+            :func:`anomalib_pedenet.scorers.coreset.make_bank_builder`. Defaults to ``"auto"``.
         seed (int): Seed of that choice. Defaults to ``0``.
         num_neighbors (int): Number k of nearest rows whose mean distance is the score; all rows if the bank has fewer.
             Defaults to ``1``.
@@ -44,8 +44,8 @@ class MemoryBankScorer(Scorer):
     def __init__(
         self,
         embedding_dim: int = 64,
-        bank_size: float = 50_000,
-        coreset: Coreset = "uniform",
+        bank_size: float = 4_000,
+        coreset: Coreset = "auto",
         seed: int = 0,
         num_neighbors: int = 1,
     ) -> None:
@@ -131,8 +131,8 @@ class NearestNeighborScorer(MemoryBankScorer):
 
     Args:
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
-        bank_size (float): Largest number of rows of the bank, or below 1 a fraction. Defaults to ``50_000``.
-        coreset (Coreset): How they are chosen, see :class:`MemoryBankScorer`. Defaults to ``"uniform"``.
+        bank_size (float): Largest number of rows of the bank, or below 1 a fraction. Defaults to ``4_000``.
+        coreset (Coreset): How they are chosen, see :class:`MemoryBankScorer`. Defaults to ``"auto"``.
         seed (int): Seed of that choice. Defaults to ``0``.
         num_neighbors (int): Number k of nearest rows whose mean distance is the score; all rows if the bank has fewer.
             Defaults to ``1``.
@@ -155,8 +155,8 @@ class NearestNeighborScorer(MemoryBankScorer):
     def __init__(
         self,
         embedding_dim: int = 64,
-        bank_size: float = 50_000,
-        coreset: Coreset = "uniform",
+        bank_size: float = 4_000,
+        coreset: Coreset = "auto",
         seed: int = 0,
         num_neighbors: int = 1,
         reweight_neighbors: int = 0,

@@ -6,10 +6,11 @@
 from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from anomalib.data import MVTecAD
-from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
+from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from torchvision.io import read_image
 
@@ -68,3 +69,75 @@ def test_test_from_the_checkpoint_equals_the_fitted_model(trained: tuple[Engine,
 def test_checkpoint_is_plain_data(trained: tuple[Engine, Path]) -> None:
     checkpoint = torch.load(trained[1], weights_only=True)
     assert checkpoint["hyper_parameters"]["max_steps"] == 6
+
+
+@pytest.fixture(scope="module")
+def openvino_predictions(
+    trained: tuple[Engine, Path], dataset_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[openvino.Model, list[dict[str, np.ndarray]]]]:
+    """Models by their compression, and what they say of a good and a defective image."""
+    engine, checkpoint = trained
+    images = [
+        read_image(str(dataset_root / f"stripes/test/{name}.png"))[None].numpy() / np.float32(255)
+        for name in ("good/000", "square/001")
+    ]
+    exported = {}
+    for name in ("none", *CompressionType):
+        path = engine.export(
+            Pedenet(),
+            "openvino",
+            export_root=tmp_path_factory.mktemp(name),
+            ckpt_path=checkpoint,
+            input_size=(144, 160),
+            compression_type=None if name == "none" else name,
+            datamodule=MVTecAD(root=dataset_root, category="stripes", num_workers=0),
+        )
+        model = openvino.Core().read_model(path)
+        compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        outputs = [compiled(image) for image in images]
+        exported[name] = model, [{key.any_name: output[key] for key in output} for output in outputs]
+    return exported
+
+
+@pytest.mark.parametrize("name", list(CompressionType))
+def test_compressed_models_agree_with_the_whole_one(
+    openvino_predictions: dict[str, tuple[openvino.Model, list[dict[str, np.ndarray]]]], name: str
+) -> None:
+    for expected, output in zip(openvino_predictions["none"][1], openvino_predictions[name][1], strict=True):
+        assert output["pred_label"] == expected["pred_label"]
+        assert abs(output["pred_score"] - expected["pred_score"]) < 0.1
+        assert np.corrcoef(output["anomaly_map"].ravel(), expected["anomaly_map"].ravel())[0, 1] ** 2 > 0.9
+
+
+@pytest.mark.parametrize(("name", "count"), [("none", 0), ("int8", 0), ("int8_ptq", 4)])
+def test_only_the_large_convolutions_are_quantized(
+    openvino_predictions: dict[str, tuple[openvino.Model, list[dict[str, np.ndarray]]]], name: str, count: int
+) -> None:
+    operations = openvino_predictions[name][0].get_ordered_ops()
+    quantized = [
+        operation
+        for operation in operations
+        for output in operation.outputs()
+        for target in output.get_target_inputs()
+        if operation.get_type_name() == "FakeQuantize" and target.get_index() == 0
+    ]
+    targets = {
+        target.get_node().get_friendly_name()
+        for operation in quantized
+        for target in operation.output(0).get_target_inputs()
+    }
+    kinds = {
+        target.get_node().get_type_name()
+        for operation in quantized
+        for target in operation.output(0).get_target_inputs()
+    }
+    assert len(targets) == count
+    assert kinds <= {"Convolution"}
+
+
+def test_quantization_needs_images(trained: tuple[Engine, Path], tmp_path: Path) -> None:
+    engine, checkpoint = trained
+    with pytest.raises(ValueError, match="INT8_PTQ needs images to calibrate on: pass the data module"):
+        engine.export(
+            Pedenet(), "openvino", export_root=tmp_path, ckpt_path=checkpoint, compression_type=CompressionType.INT8_PTQ
+        )

@@ -32,7 +32,7 @@ DEFAULTS = Path(__file__).parents[2] / "configs" / "model" / "pedenet.yaml"
             r"one or more of patch_sizes \(\[64\]\) and the mid-level sizes 12, .* 28, or None, got \[32\]",
         ),
         ({"scored_sizes": []}, r"scored_sizes must be one or more"),
-        ({"stride": 3}, "stride must be a multiple of 2 px from 2 to the smallest scored patch size .20., got 3"),
+        ({"stride": 3}, "stride must be a multiple of 2 px from 2 to the smallest scored patch size .16., got 3"),
         ({"bank_stride": 64}, "bank_stride must be a multiple of 2"),
         ({"bank_size": 0}, "bank_size must be a number of rows, at least 1, or a fraction.*got 0"),
         ({"max_steps": 0}, "max_steps must be at least 1"),

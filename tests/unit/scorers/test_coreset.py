@@ -11,7 +11,7 @@ import torch
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 
-from anomalib_pedenet.scorers.coreset import Coreset, KCenterCoreset, UniformSubset, make_bank_builder
+from anomalib_pedenet.scorers.coreset import Coreset, KCenterCoreset, KMeansCoreset, UniformSubset, make_bank_builder
 
 every = pytest.mark.parametrize("coreset", get_args(Coreset))
 
@@ -110,6 +110,12 @@ def test_k_means_is_nearly_that_of_a_search_to_the_end() -> None:
     assert error(build("k_means", rows, 150)) < 1.1 * error(converged) < 0.8 * error(build("uniform", rows, 150))
 
 
+def test_auto_is_k_means_for_small_banks_and_uniform_for_large_ones() -> None:
+    assert isinstance(make_bank_builder("auto", 5_000), KMeansCoreset)
+    assert isinstance(make_bank_builder("auto", 5_001), UniformSubset)
+    assert not isinstance(make_bank_builder("auto", 5_001), KMeansCoreset)
+
+
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"coreset must be one of 'uniform', 'k_center', 'k_means', got 'random'"):
+    with pytest.raises(ValueError, match=r"coreset must be one of 'auto', 'uniform', .*, got 'random'"):
         make_bank_builder("random", 10)

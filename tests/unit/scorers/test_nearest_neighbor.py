@@ -17,7 +17,7 @@ from anomalib_pedenet.scorers import NearestNeighborScorer
 
 
 def fitted(bank: torch.Tensor, **kwargs: float) -> NearestNeighborScorer:
-    scorer = NearestNeighborScorer(bank.shape[1], **kwargs)
+    scorer = NearestNeighborScorer(bank.shape[1], **{"bank_size": 100_000, **kwargs})
     scorer.fit([bank])
     return scorer
 
