@@ -882,7 +882,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             return quantization.compress_weights(model)
         if datamodule is None:
             msg = (
-                f"{compression_type.name} needs images to calibrate on: pass the data module of the training (--data "
+                f"{CompressionType(compression_type).name} needs images to calibrate on: pass the data module of the training (--data "
                 "on the command line)."
             )
             raise ValueError(msg)
