@@ -882,8 +882,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             return quantization.compress_weights(model)
         if datamodule is None:
             msg = (
-                f"{CompressionType(compression_type).name} needs images to calibrate on: pass the data module of the training (--data "
-                "on the command line)."
+                f"{CompressionType(compression_type).name} needs images to calibrate on: pass the data module of the "
+                "training (--data on the command line)."
             )
             raise ValueError(msg)
         if not 0 <= max_drop <= 1:
