@@ -1,11 +1,12 @@
 # Copyright (C) 2026 The anomalib-pedenet authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""OpenVINO models in eight bits: the 3x3 convolutions only, calibrated on training images.
+"""OpenVINO models in eight bits: the 3x3 convolutions but the first, calibrated on training images.
 
-The convolutions are nearly all of the arithmetic, and withstand rounding. What follows them does not: the distance
-between two embeddings is a small difference of large products, and a normal patch's is near 0. So projections, the
-search in the memory bank and the anomaly map keep floating point.
+They are nearly all of the arithmetic, and withstand rounding. What follows them does not: the distance between two
+embeddings is a small difference of large products, and a normal patch's is near 0. So projections, the search in the
+memory bank and the anomaly map keep floating point. So does the first convolution, which costs little: an image of low
+contrast would reach it in a few of the 256 levels.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     import nncf
     import openvino
 
+IMAGE_CHANNELS = 3
+
 MAX_CALIBRATION_IMAGES = 300
 """Images on which the ranges of activations are measured, NNCF's own default."""
 
 
 def compress_weights(model: "openvino.Model") -> "openvino.Model":
-    """Keep the weights of the 3x3 convolutions in eight bits; arithmetic stays in floating point.
+    """Keep the weights of the inner convolutions in eight bits; arithmetic stays in floating point.
 
     Args:
         model (openvino.Model): Exported model.
@@ -40,7 +43,7 @@ def compress_weights(model: "openvino.Model") -> "openvino.Model":
 
 
 def quantize(model: "openvino.Model", images: Iterable[torch.Tensor]) -> "openvino.Model":
-    """Compute the 3x3 convolutions in eight bits.
+    """Compute the inner convolutions in eight bits.
 
     Args:
         model (openvino.Model): Exported model.
@@ -53,7 +56,11 @@ def quantize(model: "openvino.Model", images: Iterable[torch.Tensor]) -> "openvi
 
     calibration = nncf.Dataset(_Inputs(images, model))
     return nncf.quantize(
-        model, calibration, subset_size=MAX_CALIBRATION_IMAGES, ignored_scope=_kept_in_floating_point(model)
+        model,
+        calibration,
+        preset=nncf.QuantizationPreset.MIXED,  # activations of LeakyReLU are mostly above 0
+        subset_size=MAX_CALIBRATION_IMAGES,
+        ignored_scope=_kept_in_floating_point(model),
     )
 
 
@@ -64,7 +71,7 @@ def quantize_with_accuracy_control(
     metric: Metric,
     max_drop: float,
 ) -> "openvino.Model":
-    """Compute as many of the 3x3 convolutions in eight bits as a metric allows.
+    """Compute as many of the inner convolutions in eight bits as a metric allows.
 
     Args:
         model (openvino.Model): Exported model.
@@ -90,13 +97,14 @@ def quantize_with_accuracy_control(
         nncf.Dataset(batches),
         measure,
         max_drop=max_drop,
+        preset=nncf.QuantizationPreset.MIXED,
         subset_size=MAX_CALIBRATION_IMAGES,
         ignored_scope=_kept_in_floating_point(model),
     )
 
 
 def _kept_in_floating_point(model: "openvino.Model") -> "nncf.IgnoredScope":
-    """Return all operations of a model but its 3x3 convolutions."""
+    """Return all operations of a model but its inner convolutions: those of 3x3, without the first."""
     import nncf
 
     types, names = set(), []
@@ -104,7 +112,9 @@ def _kept_in_floating_point(model: "openvino.Model") -> "nncf.IgnoredScope":
         kind = operation.get_type_name()
         if kind != "Convolution":
             types.add(kind)
-        elif list(operation.input(1).get_shape())[2:] == [1, 1]:  # embeddings: the output layer, projections
+            continue
+        _, channels, *kernel = operation.input(1).get_shape()
+        if channels == IMAGE_CHANNELS or kernel == [1, 1]:  # 1x1: the output layer and projections
             names.append(operation.get_friendly_name())
     return nncf.IgnoredScope(
         types=sorted(types - {"Constant", "Parameter", "Result", "Convert"}), names=names, validate=False

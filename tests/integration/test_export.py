@@ -104,35 +104,27 @@ def test_compressed_models_agree_with_the_whole_one(
     openvino_predictions: dict[str, tuple[openvino.Model, list[dict[str, np.ndarray]]]], name: str
 ) -> None:
     for expected, output in zip(openvino_predictions["none"][1], openvino_predictions[name][1], strict=True):
-        assert output["pred_label"] == expected["pred_label"]
+        # The label is not compared: the threshold is the score of one of these very images.
         assert abs(output["pred_score"] - expected["pred_score"]) < 0.1
         assert np.corrcoef(output["anomaly_map"].ravel(), expected["anomaly_map"].ravel())[0, 1] ** 2 > 0.9
 
 
-@pytest.mark.parametrize(("name", "count"), [("none", 0), ("int8", 0), ("int8_ptq", 4)])
-def test_only_the_large_convolutions_are_quantized(
-    openvino_predictions: dict[str, tuple[openvino.Model, list[dict[str, np.ndarray]]]], name: str, count: int
+def test_only_the_inner_convolutions_are_quantized(
+    openvino_predictions: dict[str, tuple[openvino.Model, list[dict[str, np.ndarray]]]],
 ) -> None:
-    operations = openvino_predictions[name][0].get_ordered_ops()
-    quantized = [
-        operation
-        for operation in operations
-        for output in operation.outputs()
-        for target in output.get_target_inputs()
-        if operation.get_type_name() == "FakeQuantize" and target.get_index() == 0
-    ]
-    targets = {
-        target.get_node().get_friendly_name()
-        for operation in quantized
-        for target in operation.output(0).get_target_inputs()
-    }
-    kinds = {
-        target.get_node().get_type_name()
-        for operation in quantized
-        for target in operation.output(0).get_target_inputs()
-    }
-    assert len(targets) == count
-    assert kinds <= {"Convolution"}
+    def quantized(name: str) -> list[tuple[str, list[int]]]:
+        """Operations whose input is rounded, with the channels and the side of a convolution's kernel."""
+        operations = openvino_predictions[name][0].get_ordered_ops()
+        return [
+            (operation.get_type_name(), list(operation.input(1).get_shape())[1:3])
+            for operation in operations
+            if operation.get_input_size() > 1 and operation.input_value(0).get_node().get_type_name() == "FakeQuantize"
+        ]
+
+    # Five convolutions make 24-px patches.
+    inner = [("Convolution", [channels, 3]) for channels in (32, 64, 128, 128)]
+    assert quantized("int8_ptq") == inner
+    assert quantized("none") == quantized("int8") == []
 
 
 def test_quantization_needs_images(trained: tuple[Engine, Path], tmp_path: Path) -> None:
