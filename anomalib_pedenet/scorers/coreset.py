@@ -4,7 +4,8 @@
 """Small memory banks: which rows, or which centroids, stand for all normal embeddings.
 
 Rows stream in; what is held in memory is bounded by the bank's size, whatever the size of the training set. Greedy
-k-center and k-means need to see many rows at once: they choose from a uniform subset of 20 and 10 times the bank's size.
+k-center and k-means need to see many rows at once: they choose from a uniform subset of 20 and 10 times the bank's
+size.
 """
 
 import logging
