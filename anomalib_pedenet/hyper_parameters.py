@@ -4,7 +4,7 @@
 """What the arguments of ``Pedenet`` may be."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from anomalib_pedenet.anomaly_map import Combination
@@ -99,13 +99,32 @@ def validate(hparams: Mapping[str, Any]) -> None:
     _validate_sizes(hparams)
 
 
+def check_image_size(image_size: Any) -> None:  # noqa: ANN401 - whatever was given
+    """Check that an image size is a height and a width.
+
+    Args:
+        image_size (Any): What was given as ``image_size``.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    is_pair = isinstance(image_size, Sequence) and not isinstance(image_size, str) and len(image_size) == 2
+    if not is_pair or not all(isinstance(side, int) and side > 0 for side in image_size):
+        msg = f"image_size must be height and width in pixels, as whole numbers: (256, 640), say. Got {image_size!r}."
+        raise ValueError(msg)
+
+
 def _validate_sizes(hparams: Mapping[str, Any]) -> None:
     """Check the hyper-parameters that are sizes in pixels.
 
     Raises:
         ValueError: If one is outside its range.
     """
-    sizes = list(hparams["patch_sizes"])
+    for name in ("patch_sizes", "scored_sizes"):
+        if hparams[name] is not None and not isinstance(hparams[name], Sequence):
+            msg = f"{name} must be a list of sizes in pixels, such as [{SUB_PATCH_SIZE}], got {hparams[name]!r}."
+            raise ValueError(msg)
+    sizes = list(hparams["patch_sizes"] or ())
     if not sizes or len(set(sizes)) < len(sizes) or not set(sizes) <= {SUB_PATCH_SIZE, PATCH_SIZE}:
         msg = f"patch_sizes must be [{SUB_PATCH_SIZE}], [{PATCH_SIZE}] or both, got {sizes}."
         raise ValueError(msg)
@@ -118,10 +137,11 @@ def _validate_sizes(hparams: Mapping[str, Any]) -> None:
         )
         raise ValueError(msg)
     for name in ("stride", "bank_stride"):
-        if not BASE_STRIDE <= hparams[name] <= min(scored) or hparams[name] % BASE_STRIDE:
+        value = hparams[name]
+        if not isinstance(value, int) or not BASE_STRIDE <= value <= min(scored) or value % BASE_STRIDE:
             msg = (
                 f"{name} must be a multiple of {BASE_STRIDE} px from {BASE_STRIDE} to the smallest scored patch size "
-                f"({min(scored)}), got {hparams[name]}."
+                f"({min(scored)}), got {value!r}."
             )
             raise ValueError(msg)
     smallest = minimum_training_size(max(sizes))

@@ -32,6 +32,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from lightning_utilities.core.imports import module_available
 from torch.utils.data import DataLoader, Subset
@@ -40,8 +41,15 @@ from tqdm import tqdm
 
 from anomalib_pedenet.anomaly_map import Combination
 from anomalib_pedenet.criterion import draw_test_defects, drawn_defect_auroc
-from anomalib_pedenet.hyper_parameters import LearningRateSchedule, TrainingMode, TrainPrecision, validate
+from anomalib_pedenet.hyper_parameters import (
+    LearningRateSchedule,
+    TrainingMode,
+    TrainPrecision,
+    check_image_size,
+    validate,
+)
 from anomalib_pedenet.image_pool import ImagePool
+from anomalib_pedenet.input_files import InputFiles, check_depth, check_finite, naming_files
 from anomalib_pedenet.loss import DensityLossType, PedenetLoss, synthetic_weight
 from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
@@ -64,6 +72,9 @@ _STANDARDIZATION_IMAGES = 64
 _CALIBRATION_IMAGES = 32
 
 _MAX_HELD_BACK = 32
+
+# Of large images fewer are read together, so that neither they nor what is computed of them fill the memory.
+_SAMPLE_BYTES = 2**28
 
 # Entry of a checkpoint: the scorer whose state it holds; and that of models and checkpoints that name none.
 _SCORER = "pedenet_scorer"
@@ -144,9 +155,10 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             decoded once for several steps. ``None`` makes ``max_steps`` about three epochs, whatever the
             number of images; each epoch ends with a validation. Defaults to ``None``.
         holdout (float): Fraction of the training images, from 0 to 0.5, that are held back from training and memory
-            bank. At each validation a defect is drawn on each of them (at most 32), and how well those are found is
-            logged as ``drawn_pixel_AUROC`` and ``drawn_image_AUROC``: figures to stop, to keep the best checkpoint and
-            to compare settings by, from normal images alone. Defaults to ``0`` (all images are trained on).
+            bank. At each validation a defect is drawn on each of them (at most 32, and 256 MiB), and how well those
+            are found is logged as ``drawn_pixel_AUROC`` and ``drawn_image_AUROC``: figures to stop, to keep the best
+            checkpoint and to compare settings by, from normal images alone. Defaults to ``0`` (all images are trained
+            on).
         cache_gib (float): Memory for training images that have been decoded, in GiB, on the training device. Crops are
             drawn from all of them. Defaults to ``2.0``.
         training_mode (str): ``"dense"`` trains on crops whose patches share their computation; ``"patchwise"`` on
@@ -248,6 +260,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        check_image_size(image_size)
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(tuple(image_size))
         super().__init__(
@@ -313,6 +326,10 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
     def configure_post_processor(self) -> PostProcessor:
         """Return the default post-processor, anomalib's but for keeping the order of scores."""
         return PedenetPostProcessor()
+
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """Return anomalib's callbacks, and before them the one that names files that cannot be used."""
+        return [InputFiles(), *super().configure_callbacks()]
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -396,7 +413,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             RuntimeError: If called outside a training.
         """
         del batch_idx
-        _check_finite(batch)
+        check_finite(batch)
         optimizer = self.optimizers()
         remaining = max(0, self._planned_steps - self.trainer.global_step)
         pool = self._pool
@@ -409,7 +426,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         history: list[dict[str, torch.Tensor]] = []
         for _ in range(min(remaining, self._steps_per_image() * len(images))):
             self._is_bank_stale = True
-            loss, metrics = self._joint_loss(pool.images)
+            with naming_files(batch):
+                loss, metrics = self._joint_loss(pool.images)
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
@@ -621,8 +639,14 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
     def _sample_of_normal_images(self, limit: int) -> torch.Tensor:
         """Return at most ``limit`` pre-processed images ``[N, 3, H, W]`` from all over those that are trained on."""
         indices = self._trained_on
-        chosen = torch.linspace(0, len(indices) - 1, min(len(indices), limit)).long().tolist()
-        return torch.cat(list(self._normal_images([indices[position] for position in chosen])))
+        count = min(len(indices), self._num_together(limit))
+        chosen = torch.linspace(0, len(indices) - 1, count).long().tolist()
+        return self._normal_images([indices[position] for position in chosen]).together()
+
+    def _num_together(self, limit: int) -> int:
+        """Return how many training images, at most ``limit``, may be in memory together; at least two."""
+        (image,) = self._normal_images([0])
+        return max(MIN_TRAINING_IMAGES, min(limit, _SAMPLE_BYTES // image.nbytes))
 
     # ----------------------------------------------------------------------------------------- label-free criterion
 
@@ -636,7 +660,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         if self.hparams.holdout == 0:
             return
         num_images = len(self.trainer.train_dataloader.dataset)
-        count = min(_MAX_HELD_BACK, max(1, round(self.hparams.holdout * num_images)))
+        count = min(self._num_together(_MAX_HELD_BACK), max(1, round(self.hparams.holdout * num_images)))
         if num_images - count < MIN_TRAINING_IMAGES:
             msg = (
                 f"The training set has {num_images} normal image(s), too few to hold {count} back (holdout "
@@ -645,7 +669,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             raise ValueError(msg)
         indices = torch.linspace(0, num_images - 1, count + 2)[1:-1].round().long().tolist()
         images = self._normal_images(indices)
-        normal = torch.cat(list(images))
+        normal = images.together()
         if len(images.paths) != count:
             msg = "holdout needs a data module whose batches have image_path, to know the images that are held back."
             raise ValueError(msg)
@@ -828,8 +852,10 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         return self._score(batch)
 
     def _score(self, batch: Batch) -> STEP_OUTPUT:
-        _check_finite(batch)
-        return batch.update(**self.model(batch.image)._asdict())
+        check_finite(batch)
+        with naming_files(batch):
+            predictions = self.model(batch.image)
+        return batch.update(**predictions._asdict())
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Export to PyTorch's format; see ``ExportMixin.to_torch``.
@@ -902,25 +928,6 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         return quantization.quantize_with_accuracy_control(model, images, labelled, metric, max_drop)
 
 
-def _check_finite(batch: Batch) -> None:
-    """Check that a batch's images are finite.
-
-    Raises:
-        ValueError: If an image holds NaN or infinite values; the message names the files.
-    """
-    is_finite = torch.isfinite(batch.image).flatten(1).all(dim=1)
-    if bool(is_finite.all()):
-        return
-    positions = torch.nonzero(~is_finite).flatten().tolist()
-    paths = getattr(batch, "image_path", None)
-    names = [str(paths[position]) if paths else f"image {position} of the batch" for position in positions]
-    msg = (
-        f"NaN or infinite pixel values in {', '.join(names)}: Pedenet needs finite images. Repair or remove them, and "
-        "check the transforms that produce them."
-    )
-    raise ValueError(msg)
-
-
 def _uses_bfloat16(train_precision: TrainPrecision, device: torch.device) -> bool:
     """Return whether to train the networks under bfloat16 autocast."""
     if train_precision != "auto":
@@ -978,10 +985,29 @@ class _NormalImages:
     def __len__(self) -> int:
         return len(self.loader)
 
+    def together(self) -> torch.Tensor:
+        """Return all of them, ``[N, 3, H, W]``.
+
+        Raises:
+            ValueError: If they differ in size; the message names two of them.
+        """
+        images = list(self)
+        sizes = [f"{image.shape[-2]}x{image.shape[-1]} px" for image in images]
+        for position, size in enumerate(sizes):
+            if size != sizes[0]:
+                first, other = (self.paths[index] if self.paths else f"image {index}" for index in (0, position))
+                msg = (
+                    f"Training images differ in size after pre-processing ({first} is {sizes[0]}, {other} {size}): use "
+                    "the default pre_processor, which resizes them to image_size, or bring them to one size."
+                )
+                raise ValueError(msg)
+        return torch.cat(images)
+
     def __iter__(self) -> Iterator[torch.Tensor]:
         self.paths = []
         for batch in self.loader:
-            _check_finite(batch)
+            check_depth(batch)
+            check_finite(batch)
             self.paths += [str(path) for path in getattr(batch, "image_path", None) or ()]
             images = batch.image.to(self.device)
             yield images if self.transform is None else self.transform(images)

@@ -58,7 +58,8 @@ class PrincipalProjection(nn.Module):
         """
         rows = grids.permute(0, 2, 3, 1).flatten(0, 2).double()  # [N * h * w, channels]
         center = rows.mean(dim=0)
-        covariance = (rows - center).T @ (rows - center) / len(rows)
+        rows = rows - center
+        covariance = rows.T @ rows / len(rows)
         variances, directions = torch.linalg.eigh(covariance)  # ascending
         variances = variances.clamp(min=0)
         variances = variances + _SHRINKAGE * variances.mean() + torch.finfo(torch.float32).eps

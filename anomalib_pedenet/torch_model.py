@@ -23,7 +23,7 @@ from anomalib_pedenet.networks import (
     LocationPredictionNetwork,
     PatchEmbeddingNetwork,
 )
-from anomalib_pedenet.patches import MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE
+from anomalib_pedenet.patches import MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE, grid_size
 from anomalib_pedenet.position import PositionEncoding, choose_weight
 from anomalib_pedenet.projection import PrincipalProjection
 from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
@@ -33,6 +33,9 @@ MIN_SCALE_WEIGHT = 0.2
 
 SCORED_MID_LEVEL_SIZES = (16, 24)
 """Sides in pixels of the mid-level patches that are scored by default."""
+
+# A CPU embeds larger images in strips of about so many pixels, whose feature maps take some hundred MiB.
+_STRIP_PIXELS = 2**20
 
 
 def default_scored_sizes(patch_sizes: Sequence[int]) -> tuple[int, ...]:
@@ -261,15 +264,11 @@ class PedenetModel(nn.Module):
                 scorers that go ``by_place`` always have.
 
         Raises:
-            ValueError: If there are no images, an embedding is not finite, or a scorer goes ``by_place`` and a tiler is
-                set.
+            ValueError: If there are no images, an embedding is not finite, or the model does not go with a tiler that
+                is set.
         """
-        if self._goes_by_place:
-            stride = self.stride
-            if self.tiler is not None:
-                msg = "Tiles have no place in the image, by which this scorer goes: turn tiling off, or use 'exact'."
-                raise ValueError(msg)
-        stride = stride or self.stride
+        self._check_tiler()
+        stride = self.stride if self._goes_by_place else stride or self.stride
         for size in set(self.scored_sizes) - set(self.scale_shares):
             self.scorers[str(size)] = self._make_scorer(size)  # without the bank of an earlier fit
         scorers = [self.scorers[str(size)] for size in self.scale_shares]
@@ -291,7 +290,7 @@ class PedenetModel(nn.Module):
         """Fit the projections of mid-level embeddings, and choose the weights of the position unless they are given.
 
         Call it before :meth:`fit`, with normal images from all over the training set. Tiles have no position in the
-        image, so with a tiler the weights stay 0, as with scorers that make no use of them.
+        image, so with a tiler the weights chosen are 0, as with scorers that make no use of them.
 
         Args:
             images (torch.Tensor): Pre-processed normal images ``[B, 3, H, W]``, two or more.
@@ -324,9 +323,10 @@ class PedenetModel(nn.Module):
 
         Raises:
             RuntimeError: If the memory bank is empty.
-            ValueError: If the images are smaller than a patch.
+            ValueError: If the images are smaller than a patch, or the model does not go with a tiler that is set.
         """
         self.check_is_fitted()
+        self._check_tiler()
         with torch.no_grad():
             tiles = self._tile(images)
             maps, weights = [], []
@@ -367,8 +367,54 @@ class PedenetModel(nn.Module):
         if torch.jit.is_tracing() or torch.compiler.is_compiling() or images.device.type != "cpu":
             return self.embedding_network.embed_dense(images, stride, sizes)
         # One by one, the feature maps of images stay in a CPU's cache: twice as fast as a batch of 32, and less memory.
-        grids = [self.embedding_network.embed_dense(image, stride, sizes) for image in images.split(1)]
+        grids = [self._embed_in_strips(image, stride, sizes) for image in images.split(1)]
         return {size: torch.cat([grid[size] for grid in grids]) for size in sizes}
+
+    def _embed_in_strips(self, image: torch.Tensor, stride: int, sizes: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Embed a standardised image ``[1, 3, H, W]`` strip by strip, so that a large one takes no more memory.
+
+        A strip is some rows of patches, with all pixels that they see. Nothing pads, so the result is that of the whole
+        image.
+        """
+        height, width = image.shape[-2:]
+        num_rows, _ = grid_size((height, width), max(sizes), stride)
+        rows_per_strip = max(1, _STRIP_PIXELS // (width * stride))
+        strips = []
+        for first in range(0, num_rows, rows_per_strip):
+            is_last = first + rows_per_strip >= num_rows
+            # Of smaller patches the last strip has more rows.
+            stop = height if is_last else (first + rows_per_strip - 1) * stride + max(sizes)
+            grids = self.embedding_network.embed_dense(image[..., first * stride : stop, :], stride, sizes)
+            strips.append({size: grid if is_last else grid[..., :rows_per_strip, :] for size, grid in grids.items()})
+        return {size: torch.cat([strip[size] for strip in strips], dim=-2) for size in sizes}
+
+    def _check_tiler(self) -> None:
+        """Check that the model goes with its tiler, if one is set.
+
+        Raises:
+            ValueError: If tiles are smaller than a patch, or scores depend on a patch's place in the image, which tiles
+                do not have.
+        """
+        if self.tiler is None:
+            return
+        tile_size, largest = (self.tiler.tile_size_h, self.tiler.tile_size_w), max(self.scale_shares)
+        if min(tile_size) < largest:
+            msg = (
+                f"Tiles of {tile_size[0]}x{tile_size[1]} px are smaller than a patch of {largest}x{largest} px: set "
+                f"tile_size to at least {largest}."
+            )
+            raise ValueError(msg)
+        if self._goes_by_place:
+            msg = "Tiles have no place in the image, by which this scorer goes: turn tiling off, or use 'exact'."
+            raise ValueError(msg)
+        weights = {size: float(self.position_encodings[str(size)].weight) for size in self.scale_shares}
+        if any(weights.values()) and any(scorer.encodes_position for scorer in self.scorers.values()):
+            msg = (
+                f"Tiles have no place in the image, but patches are compared by theirs (position weight "
+                f"{max(weights.values()):g}): turn tiling off, or train with position_weight 0, or with tiling and "
+                "'auto'."
+            )
+            raise ValueError(msg)
 
     def _tile(self, images: torch.Tensor) -> torch.Tensor:
         """Return the images' tiles if a tiler is set, else the images."""

@@ -8,12 +8,12 @@ import torch
 from anomalib.data.utils.tiler import Tiler
 from scipy.spatial.distance import cdist
 
-from anomalib_pedenet import PedenetModel
+from anomalib_pedenet import PedenetModel, torch_model
 
 
-def fitted(*scored_sizes: int) -> PedenetModel:
+def fitted(*scored_sizes: int, position_weight: float = 2.0) -> PedenetModel:
     torch.manual_seed(0)
-    model = PedenetModel(scored_sizes=scored_sizes, stride=16, bank_size=300, position_weight=2.0).eval()
+    model = PedenetModel(scored_sizes=scored_sizes, stride=16, bank_size=300, position_weight=position_weight).eval()
     images = torch.rand(3, 3, 128, 160)
     model.fit_standardization(images)
     model.calibrate(images)
@@ -181,11 +181,68 @@ def test_images_smaller_than_a_patch_are_refused(model: PedenetModel) -> None:
         model(torch.rand(1, 3, 63, 128))
 
 
-def test_tiles_are_scored_one_by_one_and_put_back(model: PedenetModel) -> None:
+def test_tiles_are_scored_one_by_one_and_put_back() -> None:
+    model = fitted(32, 64, position_weight=0.0)
     image = torch.rand(1, 3, 128, 256)
     tiles = [model(tile).anomaly_map for tile in image.split(128, dim=-1)]
     model.tiler = Tiler(tile_size=128, stride=128)
     torch.testing.assert_close(model(image).anomaly_map, torch.cat(tiles, dim=-1))
+    model.fit([image])
+    assert len(model.scorers["64"].bank) == 2 * 5 * 5
+
+
+def test_tiles_that_a_model_cannot_score_are_refused(model: PedenetModel) -> None:
+    image = torch.rand(1, 3, 128, 256)
+    model.tiler = Tiler(tile_size=128, stride=128)
+    for use in (lambda: model(image), lambda: model.fit([image])):
+        with pytest.raises(ValueError, match=r"no place in the image.*position weight 2.*turn tiling off, or train"):
+            use()
+    model.tiler = Tiler(tile_size=48, stride=48)
+    with pytest.raises(ValueError, match=r"Tiles of 48x48 px .* patch of 64x64 px: set tile_size to at least 64"):
+        model(image)
+
+
+def test_with_tiles_the_position_that_was_chosen_before_is_forgotten() -> None:
+    model = PedenetModel(stride=16, bank_size=300).eval()
+    for encoding in model.position_encodings.values():
+        encoding.weight.fill_(8)
+    model.tiler = Tiler(tile_size=64, stride=64)
+    images = torch.rand(2, 3, 128, 128)
+    assert model.calibrate(images) == {20: 0.0, 32: 0.0}
+    model.fit([images])
+    assert model(images).anomaly_map.shape == (2, 1, 128, 128)
+
+
+@pytest.mark.parametrize(("image_size", "stride"), [((72, 64), 2), ((117, 66), 6), ((131, 80), 16)])
+def test_strips_equal_the_whole_image(
+    monkeypatch: pytest.MonkeyPatch, image_size: tuple[int, int], stride: int
+) -> None:
+    """Strips of one row of patches and more, the last one shorter, against the network on the whole image."""
+    torch.manual_seed(0)
+    model = PedenetModel(scored_sizes=(16, 32, 64), stride=stride).double().eval()
+    images = torch.rand(2, 3, *image_size, dtype=torch.float64)
+    whole = model.embedding_network.embed_dense(images, stride, [16, 32, 64])
+    for pixels in (1, 20 * image_size[1], 50 * image_size[1]):
+        monkeypatch.setattr(torch_model, "_STRIP_PIXELS", pixels)
+        in_strips = model._embed(images, stride)
+        assert list(in_strips) == [16, 32, 64]
+        for size, grid in in_strips.items():
+            torch.testing.assert_close(grid, whole[size], rtol=0, atol=1e-12)
+
+
+def test_memory_for_features_is_that_of_a_strip(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PedenetModel(scored_sizes=(32, 64), stride=8).eval()
+    heights: list[int] = []
+    model.embedding_network.small_encoder[0].register_forward_pre_hook(
+        lambda _, inputs: heights.append(inputs[0].shape[-2])
+    )
+    model._embed(torch.rand(1, 3, 512, 96), 8)
+    assert heights == [512]
+    heights.clear()
+    monkeypatch.setattr(torch_model, "_STRIP_PIXELS", 64 * 96)
+    model._embed(torch.rand(1, 3, 512, 96), 8)
+    assert len(heights) == 8
+    assert max(heights) <= 64 + 64
 
 
 def test_a_bank_as_a_fraction_of_all_patches() -> None:
