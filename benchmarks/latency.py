@@ -52,7 +52,10 @@ from anomalib.deploy import CompressionType
 from anomalib.models import AnomalibModule, EfficientAd, Padim, Patchcore, Pedenet
 from lightning.pytorch import seed_everything
 from lightning_utilities.core.imports import module_available
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 from report import markdown
 from scorers import timed
@@ -586,22 +589,33 @@ def label_of(model: str, stride: float | None) -> str:
 def plot(table: pd.DataFrame, path: Path) -> None:
     """Draw time against stride with AUROC, and time against size; a row of panels for each batch size."""
     batches = sorted(table["batch"].unique())
-    figure = Figure(figsize=(15, 5.2 * len(batches)), layout="constrained")
+    figure = Figure(figsize=(16, 5.2 * len(batches)), layout="constrained")
     for (left, right), batch in zip(figure.subplots(len(batches), 2, squeeze=False), batches, strict=True):
         rows = table[table["batch"] == batch]
-        plot_strides(rows[rows["model"] == PEDENET], left)
+        pedenet = rows[rows["model"] == PEDENET]
+        if len(pedenet):
+            plot_strides(pedenet, left)
         plot_sizes(rows, right)
         for axes in (left, right):
             axes.set(yscale="log", ylabel=f"ms per image, batch {batch}")
             axes.grid(alpha=0.3, which="both")
+            set_plain_ticks(axes.yaxis)
+        set_plain_ticks(right.xaxis)
     figure.savefig(path, dpi=110)
 
 
-def plot_strides(rows: pd.DataFrame, axes: Any) -> None:  # noqa: ANN401 - matplotlib's axes
+def set_plain_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis with 1, 2, 5, 10, ... in place of powers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def plot_strides(rows: pd.DataFrame, axes: Axes) -> None:
     """Draw Pedenet's time against its stride, a line for each route, and pixel AUROC where it is known."""
     accuracy = axes.twinx() if rows["pixel_AUROC"].notna().any() else None
     for route, points in rows.sort_values("stride").groupby("route", sort=False):
-        style = {"color": COLORS[route], "marker": MARKERS[route], "markersize": 5}
+        style: dict[str, Any] = {"color": COLORS[route], "marker": MARKERS[route], "markersize": 5}
         axes.plot(points["stride"], points["ms"], label=route, **style)
         axes.fill_between(points["stride"], points["ms_low"], points["ms_high"], color=COLORS[route], alpha=0.15)
         if accuracy is not None:
@@ -612,10 +626,10 @@ def plot_strides(rows: pd.DataFrame, axes: Any) -> None:  # noqa: ANN401 - matpl
     axes.set(title="Pedenet", xlabel="stride, pixels")
     if accuracy is not None:
         accuracy.set_ylabel("pixel AUROC (dotted)")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.12 if accuracy is not None else 1.02, 1), fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.22 if accuracy is not None else 1.02, 1), fontsize=8)
 
 
-def plot_sizes(rows: pd.DataFrame, axes: Any) -> None:  # noqa: ANN401 - matplotlib's axes
+def plot_sizes(rows: pd.DataFrame, axes: Axes) -> None:
     """Draw time against the export's size: colours are models, markers routes."""
     labels = [label_of(row.model, row.stride) for row in rows.itertuples()]
     names = list(dict.fromkeys(labels))
