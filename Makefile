@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+THREADS ?= 2
+CKPT ?=
 DATA ?= configs/data/mvtec_ad.yaml
 BASE ?= {}
 SEEDS ?= 0
@@ -15,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv test lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step reproduce clean
+.PHONY: help setup venv test lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency reproduce clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +69,10 @@ bench-coresets: $(STAMP) ## Build small memory banks from two million embeddings
 
 bench-step: $(STAMP) ## Profile a training step: steps/s, arithmetic, memory (DATA=..., BASE=...)
 	$(BIN)/python benchmarks/step.py --data $(DATA) --set "$(BASE)"
+
+bench-latency: $(STAMP) ## Time of scoring by stride, runtime and precision, beside other models, in runs/ (THREADS=2; CKPT=... a checkpoint, with DATA=... to measure AUROC)
+	$(BIN)/python benchmarks/latency.py --threads $(THREADS) --output runs/latency --profile \
+	    $(if $(CKPT),--checkpoint $(CKPT) --data $(DATA))
 
 reproduce: $(STAMP) ## Tables 1 to 4 and figures, in runs/reproduce; goes on where it was stopped (CATEGORIES=bottle,tile SEEDS=0,1,2 ROOT=... METHODS="a;b" DATA=... IMAGE_SIZE=...)
 	$(BIN)/python benchmarks/reproduce.py --data $(DATA) --seeds "$(SEEDS)" --image_size $(IMAGE_SIZE) \

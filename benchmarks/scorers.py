@@ -45,6 +45,7 @@ import threadpoolctl  # type: ignore[import-untyped]
 import torch
 from anomalib.models.image.patchcore.torch_model import DEFAULT_CHUNK_SIZE, PatchcoreModel
 from matplotlib.figure import Figure
+from runtimes import process_kib
 from sklearn.neighbors import NearestNeighbors
 from step import matrix_throughput, processor_name
 from train import append
@@ -174,10 +175,6 @@ def extra_mib(call: Callable[[], Any], device: torch.device) -> float | None:
         before = torch.cuda.memory_allocated(device)
         call()
         return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
-
-    def process_kib(field: str) -> int:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
