@@ -12,12 +12,14 @@ CATEGORIES ?=
 METHODS ?=
 ROOT ?=
 IMAGE_SIZE ?= 256,256
+CURVE ?=
+RESULTS ?= runs/reproduce
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv test lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency reproduce clean
+.PHONY: help setup venv test lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency reproduce results clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,9 +76,12 @@ bench-latency: $(STAMP) ## Time of scoring by stride, runtime and precision, bes
 	$(BIN)/python benchmarks/latency.py --threads $(THREADS) --output runs/latency --profile \
 	    $(if $(CKPT),--checkpoint $(CKPT) --data $(DATA))
 
-reproduce: $(STAMP) ## Tables 1 to 4 and figures, in runs/reproduce; goes on where it was stopped (CATEGORIES=bottle,tile SEEDS=0,1,2 ROOT=... METHODS="a;b" DATA=... IMAGE_SIZE=...)
-	$(BIN)/python benchmarks/reproduce.py --data $(DATA) --seeds "$(SEEDS)" --image_size $(IMAGE_SIZE) \
-	    $(if $(CATEGORIES),--categories "$(CATEGORIES)") $(if $(METHODS),--methods "$(METHODS)") $(if $(ROOT),--root "$(ROOT)")
+reproduce: $(STAMP) ## Tables 1 to 4 and figures, in runs/reproduce; goes on where it was stopped (CATEGORIES=bottle,tile SEEDS=0,1,2 ROOT=... METHODS="a;b" DATA=... IMAGE_SIZE=... CURVE=1)
+	$(BIN)/python benchmarks/reproduce.py --data $(DATA) --seeds "$(SEEDS)" --image_size $(IMAGE_SIZE) --output $(RESULTS) \
+	    $(if $(CURVE),--curve) $(if $(CATEGORIES),--categories "$(CATEGORIES)") $(if $(METHODS),--methods "$(METHODS)") $(if $(ROOT),--root "$(ROOT)")
+
+results: $(STAMP) ## Render docs/results.md from what `make reproduce` has measured (RESULTS=... its folder)
+	$(BIN)/python benchmarks/report.py $(RESULTS) --docs docs
 
 clean: ## Remove the environment and what builds, checks and the demo have written
 	rm -rf $(VENV) build dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -61,6 +61,7 @@ def validate(hparams: Mapping[str, Any]) -> None:
         "lambda_reg",
         "lambda_var",
         "lambda_syn",
+        "lambda_svdd",
         "min_std",
         "covariance_jitter",
         "bank_seed",

@@ -184,6 +184,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         lambda_syn (float): Weight of the synthetic-defect loss L_syn, which asks the embeddings to tell patches with
             drawn defects from those without (dense training only). It counts as far as location prediction fails:
             times ``min(1, L_LPN / log 8)^2``. The paper has none (0). Defaults to ``1.0``.
+        lambda_svdd (float): Weight of the compactness loss L_SVDD', which Patch-SVDD has in place of L_DEN: patches a
+            pixel or two apart are to have the same embedding. Its authors take ``1e-3``. Defaults to ``0`` (left out).
         density_loss (str): Reading of Eq. 9: ``"dagmm"`` (mean of the logarithms) or ``"paper"`` (logarithm of the
             sum, as printed). Defaults to ``"dagmm"``.
         density_warmup (float): Fraction of the training before L_DEN and L_reg set in; over the same fraction again
@@ -249,6 +251,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         lambda_var: float = 1.0,
         min_std: float = 0.25,
         lambda_syn: float = 1.0,
+        lambda_svdd: float = 0.0,
         density_loss: DensityLossType = "dagmm",
         density_warmup: float = 0.25,
         covariance_type: CovarianceType = "diag",
@@ -297,6 +300,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             lambda_var=lambda_var,
             min_std=min_std,
             lambda_syn=lambda_syn,
+            lambda_svdd=lambda_svdd,
         )
         # One batch of images serves several optimizer steps, see `training_step`.
         self.automatic_optimization = False
@@ -462,6 +466,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
                         self.model.defect_networks[str(size)](sample.defect_embeddings)[:, 0] if has_defects else None
                     ),
                     defect_labels=sample.defect_labels,
+                    jittered=sample.jittered,
                 )
                 total = total + terms.total
                 metrics |= {
@@ -470,6 +475,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
                     f"loss_reg_{size}": terms.regularization.detach(),
                     f"loss_var_{size}": terms.variance.detach(),
                     f"loss_syn_{size}": terms.synthetic.detach(),
+                    f"loss_svdd_{size}": terms.compactness.detach(),
                     f"lp_accuracy_{size}": (logits.argmax(dim=-1) == sample.directions).float().mean(),
                     f"spread_{size}": sample.embeddings.detach().float().std(dim=0).mean(),
                 }
@@ -486,6 +492,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             "num_pairs": hparams.pairs_per_step,
             "color_shift": hparams.color_shift,
             "noise": hparams.noise,
+            "with_jitter": hparams.lambda_svdd > 0,
         }
         if hparams.training_mode == "patchwise":
             return sample_patches(**shared)

@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-pedenet authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The joint loss of PEDENet (Eqs. 8 to 11), a floor under the embeddings' spread, and defect prediction.
+"""The joint loss of PEDENet (Eqs. 8 to 11), a floor under the embeddings' spread, defect prediction, and compactness.
 
 ``L = lambda_1 L_DEN + lambda_2 L_LPN + lambda_3 L_reg`` (Eq. 8): the negative log density of the embeddings under the
 mixture of their batch, the cross-entropy of location prediction, and a regulariser that keeps the covariances away
@@ -15,9 +15,13 @@ term forbids that, and is zero wherever the embeddings spread by themselves.
 without (:mod:`anomalib_pedenet.synthetic`), which gives surfaces something to learn. It counts as far as location
 prediction fails: where that has learned to tell places apart, drawn defects have little to add, and distract.
 
+``+ lambda_svdd L_SVDD'`` is what Patch-SVDD, the paper's closest relative, has in place of L_DEN: patches of nearly the
+same place are to have the same embedding. It is there to compare with (0 by default).
+
 Reference:
     PEDENet, https://arxiv.org/abs/2110.15525, section 3.3.
     A. Bardes, J. Ponce, Y. LeCun, "VICReg", ICLR 2022, https://arxiv.org/abs/2105.04906, Eq. 1 (L_var).
+    J. Yi, S. Yoon, "Patch SVDD", ACCV 2020, https://arxiv.org/abs/2006.16067 (L_SVDD').
 """
 
 import math
@@ -95,6 +99,19 @@ def variance_loss(embeddings: torch.Tensor, min_std: float) -> torch.Tensor:
     return F.relu(min_std - (embeddings.var(dim=0) + 1e-4).sqrt()).mean()
 
 
+def compactness_loss(embeddings: torch.Tensor, jittered: torch.Tensor) -> torch.Tensor:
+    """Compactness loss L_SVDD' of Patch-SVDD: the mean distance of patches from nearly the same ones.
+
+    Args:
+        embeddings (torch.Tensor): Embeddings f(p_i) of patches, ``[M, Z]``.
+        jittered (torch.Tensor): Embeddings f(p_i') of patches a pixel or two away, ``[M, Z]``.
+
+    Returns:
+        torch.Tensor: Scalar loss in embedding units.
+    """
+    return torch.linalg.vector_norm(embeddings - jittered, dim=1).mean()
+
+
 MIN_CLASS_SHARE = 0.02
 """The rarer class weighs in L_syn as if it had at least this share: a handful of patches must not make a step."""
 
@@ -135,10 +152,11 @@ class LossTerms(NamedTuple):
     regularization: torch.Tensor
     variance: torch.Tensor
     synthetic: torch.Tensor
+    compactness: torch.Tensor
 
 
 class PedenetLoss(nn.Module):
-    """Joint loss of PEDENet (Eq. 8), with the variance and synthetic-defect losses added.
+    """Joint loss of PEDENet (Eq. 8), with the variance, synthetic-defect and compactness losses added.
 
     Args:
         lambda_den (float): Weight lambda_1 of L_DEN; 0 leaves the term out (Table 4, "L_LPN only").
@@ -151,6 +169,7 @@ class PedenetLoss(nn.Module):
         min_std (float): Floor of L_var, see :func:`variance_loss`.
         lambda_syn (float): Weight of L_syn, see :func:`defect_loss`, times :func:`synthetic_weight` unless L_LPN is
             left out; 0 leaves the term out, as in the paper.
+        lambda_svdd (float): Weight of Patch-SVDD's L_SVDD', see :func:`compactness_loss`; 0 leaves the term out.
 
     Example:
         >>> loss = PedenetLoss(lambda_den=0.0, lambda_var=0.0)
@@ -171,6 +190,7 @@ class PedenetLoss(nn.Module):
         lambda_var: float = 1.0,
         min_std: float = 0.25,
         lambda_syn: float = 0.0,
+        lambda_svdd: float = 0.0,
     ) -> None:
         super().__init__()
         self.lambda_den = lambda_den
@@ -182,6 +202,7 @@ class PedenetLoss(nn.Module):
         self.lambda_var = lambda_var
         self.min_std = min_std
         self.lambda_syn = lambda_syn
+        self.lambda_svdd = lambda_svdd
 
     def effective_lambda_syn(self, location: torch.Tensor) -> float | torch.Tensor:
         """Return the weight that L_syn has beside a location prediction loss.
@@ -203,6 +224,7 @@ class PedenetLoss(nn.Module):
         density_scale: float = 1.0,
         defect_logits: torch.Tensor | None = None,
         defect_labels: torch.Tensor | None = None,
+        jittered: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> LossTerms:
         """Compute the joint loss of one scale.
 
@@ -215,12 +237,14 @@ class PedenetLoss(nn.Module):
             defect_logits (torch.Tensor | None): Output of the defect prediction network for D patches, ``[D]``.
                 Needed, with the labels, if ``lambda_syn`` is above 0.
             defect_labels (torch.Tensor | None): 1 for patches with a drawn defect, else 0, float ``[D]``.
+            jittered (tuple[torch.Tensor, torch.Tensor] | None): Embeddings of pairs of nearly the same patch,
+                ``[M, Z]`` each. Needed if ``lambda_svdd`` is above 0.
 
         Returns:
             LossTerms: Weighted total and unweighted terms. A term whose weight is 0 is 0.
 
         Raises:
-            ValueError: If ``lambda_syn`` is above 0 and there are no drawn defects.
+            ValueError: If ``lambda_syn`` is above 0 and there are no drawn defects, or ``lambda_svdd`` and no pairs.
         """
         zero = embeddings.new_zeros(())
         location = location_loss(logits.float(), directions) if self.lambda_lpn > 0 else zero
@@ -239,10 +263,17 @@ class PedenetLoss(nn.Module):
                 msg = "lambda_syn is above 0, but there are no drawn defects: pass defect_logits and defect_labels."
                 raise ValueError(msg)
             synthetic = defect_loss(defect_logits.float(), defect_labels)
+        compactness = zero
+        if self.lambda_svdd > 0:
+            if jittered is None:
+                msg = "lambda_svdd is above 0, but there are no pairs of nearly the same patch: pass jittered."
+                raise ValueError(msg)
+            compactness = compactness_loss(jittered[0].float(), jittered[1].float())
         total = (
             self.lambda_lpn * location
             + density_scale * (self.lambda_den * density + self.lambda_reg * regularization)
             + self.lambda_var * variance
             + self.effective_lambda_syn(location) * synthetic
+            + self.lambda_svdd * compactness
         )
-        return LossTerms(total, density, location, regularization, variance, synthetic)
+        return LossTerms(total, density, location, regularization, variance, synthetic, compactness)

@@ -70,7 +70,7 @@ def minimum_training_size(patch_size: int) -> int:
 
 
 class NeighborPairs(NamedTuple):
-    """Random pairs of neighbouring patches.
+    """Random pairs of neighbouring patches, for location prediction.
 
     Attributes:
         positions (torch.Tensor): ``(row, column)`` of the centre patches, int64 ``[..., 2]``.
@@ -127,10 +127,59 @@ def sample_neighbor_pairs(
     signs = torch.tensor(NEIGHBOR_DIRECTIONS, device=device)[directions]  # [..., 2]
     jitter = (torch.rand(*shape, 2, device=device) * (farthest - nearest + 1)).long()
     offsets = signs * (nearest + jitter)  # [..., 2]
+    positions = _sample_pair_positions(offsets, limits)
+    return NeighborPairs(positions * step, (positions + offsets) * step, directions)
+
+
+def sample_jittered_pairs(
+    num_pairs: int | tuple[int, ...],
+    image_size: tuple[int, int],
+    patch_size: int,
+    step: int = 1,
+    device: torch.device | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw pairs of nearly the same patch, for Patch-SVDD's compactness loss.
+
+    The second patch lies up to 1/32 of a patch (at least one step) away along each axis, and not at the same place:
+    2 px at 64 px and 1 px at 32 px, as in Patch-SVDD's published code. Offsets are uniform; the first patch is uniform
+    over the positions from which the second stays inside the image.
+
+    Args:
+        num_pairs (int | tuple[int, ...]): Number of pairs, or a shape of them.
+        image_size (tuple[int, int]): Height and width of the image or crop in pixels, at least a patch and a jitter.
+        patch_size (int): Side of a patch in pixels.
+        step (int): Positions are multiples of this many pixels. Defaults to ``1``.
+        device (torch.device | None): Device of the result. Defaults to the current one.
+
+    Returns:
+        tuple[torch.Tensor, torch.Tensor]: ``(row, column)`` in pixels of the first and of the second patches, int64
+            ``[..., 2]`` each.
+    """
+    shape = (num_pairs,) if isinstance(num_pairs, int) else tuple(num_pairs)
+    limits = torch.tensor([(side - patch_size) // step for side in image_size], device=device)  # [2]
+    reach = max(1, patch_size // 32 // step)
+    side = 2 * reach + 1
+    center = side * side // 2  # the one offset of a square of them that is none
+    drawn = torch.randint(side * side - 1, shape, device=device)
+    drawn = drawn + (drawn >= center)
+    offsets = torch.stack([drawn // side, drawn % side], dim=-1) - reach  # [..., 2]
+    positions = _sample_pair_positions(offsets, limits)
+    return positions * step, (positions + offsets) * step
+
+
+def _sample_pair_positions(offsets: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    """Draw uniform positions of patches whose partners, at given offsets, stay inside the image, all in steps.
+
+    Args:
+        offsets (torch.Tensor): ``(row, column)`` from each patch to its partner, int64 ``[..., 2]``.
+        limits (torch.Tensor): Largest position along each axis, int64 ``[2]``.
+
+    Returns:
+        torch.Tensor: Positions of the patches, int64 ``[..., 2]``.
+    """
     lowest = (-offsets).clamp(min=0)
     highest = limits - offsets.clamp(min=0)
-    positions = lowest + (torch.rand(*shape, 2, device=device) * (highest - lowest + 1)).long()
-    return NeighborPairs(positions * step, (positions + offsets) * step, directions)
+    return lowest + (torch.rand(*offsets.shape, device=offsets.device) * (highest - lowest + 1)).long()
 
 
 def sample_positions(

@@ -19,6 +19,7 @@ from anomalib_pedenet.patches import (
     disturb,
     extract_patches,
     gather_embeddings,
+    sample_jittered_pairs,
     sample_neighbor_pairs,
     sample_positions,
 )
@@ -35,6 +36,8 @@ class EmbeddingSample(NamedTuple):
         directions (torch.Tensor): Where the neighbours lie, int64 ``[M]`` in 0..7.
         defect_embeddings (torch.Tensor | None): Embeddings of patches with and without drawn defects, ``[D, Z]``.
         defect_labels (torch.Tensor | None): 1 for those with a defect, else 0, float ``[D]``.
+        jittered (tuple[torch.Tensor, torch.Tensor] | None): Embeddings of M pairs of nearly the same patch, ``[M, Z]``
+            each.
     """
 
     embeddings: torch.Tensor
@@ -43,6 +46,7 @@ class EmbeddingSample(NamedTuple):
     directions: torch.Tensor
     defect_embeddings: torch.Tensor | None = None
     defect_labels: torch.Tensor | None = None
+    jittered: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def sample_dense(
@@ -56,6 +60,7 @@ def sample_dense(
     color_shift: float = 0.1,
     noise: float = 0.1,
     with_defects: bool = False,
+    with_jitter: bool = False,
 ) -> dict[int, EmbeddingSample]:
     """Embed random crops densely and draw patches and pairs from the result.
 
@@ -71,6 +76,8 @@ def sample_dense(
         noise (float): See :func:`anomalib_pedenet.patches.disturb`.
         with_defects (bool): Whether a third view of each crop, with drawn defects, gives ``defect_embeddings``: all
             patches of that view and of the first one.
+        with_jitter (bool): Whether as many pairs of nearly the same patch give ``jittered``: both of the first view, so
+            that they differ by their place alone, one step of the dense grid (2 px) apart along each axis.
 
     Returns:
         dict[int, EmbeddingSample]: A sample for each patch size.
@@ -105,6 +112,14 @@ def sample_dense(
             labels = label_patches(masks, size, BASE_STRIDE)
             defect_embeddings = torch.cat([first, drawn_on]).permute(0, 2, 3, 1).flatten(0, 2)
             defect_labels = torch.cat([torch.zeros_like(labels), labels]).flatten()
+        jittered = None
+        if with_jitter:
+            shape = tuple(pairs.directions.shape)
+            one, other = sample_jittered_pairs(shape, crop, size, BASE_STRIDE, device)
+            jittered = (
+                gather_embeddings(first, one, BASE_STRIDE).flatten(0, 1),
+                gather_embeddings(first, other, BASE_STRIDE).flatten(0, 1),
+            )
         samples[size] = EmbeddingSample(
             embeddings=normal.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, chosen),
             centers=gather_embeddings(first, pairs.positions, BASE_STRIDE).flatten(0, 1),
@@ -112,6 +127,7 @@ def sample_dense(
             directions=pairs.directions.flatten(),
             defect_embeddings=defect_embeddings,
             defect_labels=defect_labels,
+            jittered=jittered,
         )
     return samples
 
@@ -124,6 +140,7 @@ def sample_patches(
     num_pairs: int = 36,
     color_shift: float = 0.1,
     noise: float = 0.1,
+    with_jitter: bool = False,
 ) -> dict[int, EmbeddingSample]:
     """Cut random patches and pairs of neighbouring patches and embed each by itself, as the paper does.
 
@@ -135,6 +152,7 @@ def sample_patches(
         num_pairs (int): Pairs M for location prediction. Defaults to the paper's ``36``.
         color_shift (float): See :func:`anomalib_pedenet.patches.disturb`.
         noise (float): See :func:`anomalib_pedenet.patches.disturb`.
+        with_jitter (bool): Whether as many pairs of nearly the same patch, undisturbed, give ``jittered``.
 
     Returns:
         dict[int, EmbeddingSample]: A sample for each patch size.
@@ -159,7 +177,15 @@ def sample_patches(
             ),
             (size, size),
         ).float()
-        embeddings = network(disturb(patches, color_shift, noise).contiguous(memory_format=torch.channels_last))
-        density, centers, neighbors = embeddings.split([num_patches, num_pairs, num_pairs])
-        samples[size] = EmbeddingSample(density, centers, neighbors, pairs.directions)
+        patches = disturb(patches, color_shift, noise)
+        if with_jitter:
+            indices = torch.randint(len(images), (num_pairs,), device=device).repeat(2)
+            positions = torch.cat(sample_jittered_pairs(num_pairs, image_size, size, device=device))
+            patches = torch.cat([patches, extract_patches(images, indices, positions, (size, size)).float()])
+        embeddings = network(patches.contiguous(memory_format=torch.channels_last))
+        density, centers, neighbors, rest = embeddings.tensor_split(
+            [num_patches, num_patches + num_pairs, num_patches + 2 * num_pairs]
+        )
+        jittered = (rest[:num_pairs], rest[num_pairs:]) if with_jitter else None
+        samples[size] = EmbeddingSample(density, centers, neighbors, pairs.directions, jittered=jittered)
     return samples

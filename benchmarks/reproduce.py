@@ -3,9 +3,10 @@
 
 """Train and test every method on every category with every seed, and write tables and figures beside published ones.
 
-Each run that is finished leaves a file ``<output>/runs/<run>.json``, and some of its maps. A run whose file is there
-with the same settings is not repeated, so that no more than one run is lost when the command is killed. At the end
-``results.csv`` has a row for each run, and :mod:`report` renders the rest.
+Each run that is finished leaves a file ``<output>/runs/<run>.json``, and some of its maps and embeddings. A run whose
+file is there with the same settings is not repeated, so that no more than one run is lost when the command is killed.
+At the end ``results.csv`` has a row for each run, and :mod:`report` renders the rest. With ``--curve`` trainings are
+validated after each epoch, and AUROC by then is noted with the seconds spent on training and memory banks.
 
 anomalib's runners schedule the runs: one after the other on a CPU, one for each GPU with ``--accelerator cuda``.
 
@@ -15,6 +16,7 @@ Example:
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -27,29 +29,34 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
+import timm
 import torch
 import yaml
 from anomalib import models
 from anomalib.data import AnomalibDataModule, get_datamodule
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Max
-from anomalib.models import AnomalibModule
+from anomalib.models import AnomalibModule, Pedenet
 from anomalib.pipelines.components import Job, JobGenerator
 from anomalib.pipelines.components.runners import ParallelRunner, SerialRunner
 from lightning.pytorch import seed_everything
 from report import render, run_name
 from step import processor_name
+from torch.nn import functional as F  # noqa: N812
 from torch.utils.flop_counter import FlopCounterMode
-from train import read_data_config
+from train import Curve, read_data_config
 
+from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.post_processor import PedenetPostProcessor
 
 METHODS = Path(__file__).with_name("methods.yaml")
 _LATENCY_RUNS = 20
 _KEPT_MAPS = 6
+_EMBEDDING_STRIDE = 8
 
 
 def hardware() -> str:
@@ -59,10 +66,10 @@ def hardware() -> str:
 
 
 def measure_cost(model: AnomalibModule, image_size: Sequence[int]) -> dict[str, float]:
-    """Measure what a trained torch model costs for one pre-processed image, after one run to warm up.
+    """Measure what a torch model costs for one pre-processed image, after one run to warm up.
 
     Args:
-        model (AnomalibModule): Trained model.
+        model (AnomalibModule): Model; trained, if it has a memory bank or statistics.
         image_size (Sequence[int]): Height and width of the image in pixels.
 
     Returns:
@@ -91,8 +98,39 @@ def measure_cost(model: AnomalibModule, image_size: Sequence[int]) -> dict[str, 
     }
 
 
+def arguments_of(model: dict[str, Any]) -> dict[str, str]:
+    """Return a model's class and all its arguments, defaults included: what a run is measured with.
+
+    Args:
+        model (dict[str, Any]): Class path and arguments of the model.
+
+    Returns:
+        dict[str, str]: Values by name, as they print.
+    """
+    parameters = inspect.signature(getattr(models, model["class_path"].split(".")[-1])).parameters
+    values = {name: parameter.default for name, parameter in parameters.items()} | model.get("init_args", {})
+    return {"class_path": model["class_path"], **{name: repr(value) for name, value in values.items()}}
+
+
+def without_weights(model: dict[str, Any]) -> AnomalibModule:
+    """Make a model whose backbones have random weights where it would download them: good for its cost alone.
+
+    Args:
+        model (dict[str, Any]): Class path and arguments of the model.
+
+    Returns:
+        AnomalibModule: The model, not trained.
+    """
+    create = timm.create_model
+    with mock.patch.object(
+        timm, "create_model", lambda *args, **kwargs: create(*args, **{**kwargs, "pretrained": False})
+    ):
+        kind = getattr(models, model["class_path"].split(".")[-1])
+        return kind(**model.get("init_args", {}), pre_processor=False, evaluator=False, visualizer=False)
+
+
 def keep_maps(engine: Engine, model: AnomalibModule, datamodule: AnomalibDataModule, path: Path) -> None:
-    """Keep the maps of a good image and of one image of each kind of defect, for the figures."""
+    """Keep the maps of a good image and of one of each kind of defect, for the figures; and Pedenet's embeddings."""
     samples = datamodule.test_data.samples
     kinds = samples.assign(kind=samples["image_path"].map(lambda name: Path(name).parent.name))
     chosen = kinds.groupby("kind", sort=False).head(1).index[:_KEPT_MAPS].tolist()
@@ -100,17 +138,47 @@ def keep_maps(engine: Engine, model: AnomalibModule, datamodule: AnomalibDataMod
     loader = torch.utils.data.DataLoader(subset, batch_size=1, collate_fn=datamodule.test_data.collate_fn)
     kept: dict[str, Any] = {}
     for index, batch in enumerate(engine.predict(model, dataloaders=loader, return_predictions=True) or []):
+        if batch.anomaly_map is None:  # a model that tells images alone
+            return
         maps = batch.anomaly_map.reshape(batch.anomaly_map.shape[-2:])
         shape = tuple(maps.shape)
-        image = torch.nn.functional.interpolate(subset[index].image[None], shape, mode="bilinear", antialias=True)
+        image = F.interpolate(subset[index].image[None], shape, mode="bilinear", antialias=True)
         mask = subset[index].gt_mask
         mask = torch.zeros(shape) if mask is None else mask.float()
-        mask = torch.nn.functional.interpolate(mask.reshape(1, 1, *mask.shape[-2:]), shape, mode="nearest")
+        mask = F.interpolate(mask.reshape(1, 1, *mask.shape[-2:]), shape, mode="nearest")
         kept[f"image_{index}"] = (255 * image[0].permute(1, 2, 0)).byte().numpy()
         kept[f"mask_{index}"] = mask[0, 0].bool().numpy()
         kept[f"map_{index}"] = maps.float().numpy()
         kept[f"outline_{index}"] = batch.pred_mask.reshape(shape).bool().numpy()
+    if isinstance(model, Pedenet):
+        images = torch.cat([model.pre_processor.transform(subset[index].image[None]) for index in range(len(subset))])
+        masks = np.stack([kept[f"mask_{index}"] for index in range(len(subset))])
+        kept |= embeddings_of(model.eval(), images, torch.from_numpy(masks).float())
     np.savez_compressed(path, **kept)
+
+
+@torch.no_grad()
+def embeddings_of(model: Pedenet, images: torch.Tensor, masks: torch.Tensor) -> dict[str, np.ndarray]:
+    """Embed the patches of images, at the smaller scale that is trained.
+
+    Args:
+        model (Pedenet): Trained model, in eval mode.
+        images (torch.Tensor): Pre-processed images ``[B, 3, H, W]``.
+        masks (torch.Tensor): 1 where a defect is, else 0, ``[B, H, W]``.
+
+    Returns:
+        dict[str, np.ndarray]: ``embeddings``, float16 ``[N, Z]``; and ``defect_share``, the share of each patch that is
+            defective, float16 ``[N]``.
+    """
+    network = model.model
+    size = SUB_PATCH_SIZE if SUB_PATCH_SIZE in network.patch_sizes else PATCH_SIZE
+    images = network.standardize(images.to(network.input_mean.device))
+    grid = network.embedding_network.embed_dense(images, _EMBEDDING_STRIDE, [size])[size]  # [B, Z, h, w]
+    shares = F.avg_pool2d(masks[:, None], size, _EMBEDDING_STRIDE)  # [B, 1, h, w], of the same patches
+    return {
+        "embeddings": grid.permute(0, 2, 3, 1).flatten(0, 2).cpu().numpy().astype(np.float16),
+        "defect_share": shares.flatten().numpy().astype(np.float16),
+    }
 
 
 class ReproduceJob(Job):
@@ -118,7 +186,8 @@ class ReproduceJob(Job):
 
     Args:
         key (dict[str, Any]): Category, method, seed, table and fingerprint of the settings: what names the run.
-        options (dict[str, Any]): ``model``, ``data``, ``image_size``, ``accelerator`` and ``output``.
+        options (dict[str, Any]): ``method`` (its entry in the file of methods), ``data``, ``data_file`` (its
+            name), ``image_size``, ``accelerator``, ``curve`` and ``output``.
     """
 
     name = "reproduce"
@@ -137,14 +206,55 @@ class ReproduceJob(Job):
         Returns:
             dict[str, Any]: The row of the run.
         """
-        image_size = self.options["image_size"]
+        method, image_size = self.options["method"], self.options["image_size"]
         seed_everything(self.key["seed"])
-        kind = getattr(models, self.options["model"]["class_path"].split(".")[-1])
+        file = Path(self.options["output"]) / "runs" / run_name(self.key)
+        measured: dict[str, Any] = {}
+        if method.get("cost_only", False):
+            model = without_weights(method["model"])
+        else:
+            model, measured = self._train_and_test(file, task_id)
+        device = torch.device("cpu") if task_id is None else torch.device("cuda", task_id)
+        row = {
+            **self.key,
+            **measured,
+            **measure_cost(model.to(device), image_size),
+            "image_size": "x".join(map(str, image_size)),
+            "data": self.options["data_file"],
+            "note": method.get("note", ""),
+            "hardware": hardware(),
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("anomalib", "anomalib-pedenet", "torch")},
+        }
+        unfinished = file.with_name(f"{file.name}.json.part")
+        unfinished.write_text(json.dumps(row, indent=1), encoding="utf-8")
+        unfinished.replace(file.with_name(f"{file.name}.json"))  # whole, or not there
+        metrics = {name: value for name, value in measured.items() if name != "curve"}
+        print(f"{row['category']}, {row['method']}, seed {row['seed']}: {metrics or 'cost only'}", flush=True)
+        return row
+
+    def _train_and_test(self, file: Path, task_id: int | None) -> tuple[AnomalibModule, dict[str, Any]]:
+        """Train and test the model, and keep some of its maps.
+
+        Args:
+            file (Path): Path of the run's files, without ending.
+            task_id (int | None): GPU to use, where several runs go on at once.
+
+        Returns:
+            tuple[AnomalibModule, dict[str, Any]]: The trained model; its metrics, the seconds of the training, and the
+                points of its curve if they were asked for.
+        """
+        method = self.options["method"]
+        kind = getattr(models, method["model"]["class_path"].split(".")[-1])
+        val_metrics = [
+            AUROC(fields=["anomaly_map", "gt_mask"], prefix="val_pixel_", strict=False),
+            AUROC(fields=["pred_score", "gt_label"], prefix="val_image_"),
+        ]
         model: AnomalibModule = kind(
-            **self.options["model"].get("init_args", {}),
-            pre_processor=kind.configure_pre_processor(tuple(image_size)),
+            **method["model"].get("init_args", {}),
+            pre_processor=kind.configure_pre_processor(tuple(self.options["image_size"])),
             evaluator=Evaluator(
-                [],
+                val_metrics if self.options["curve"] else [],
                 [
                     AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
                     AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
@@ -156,37 +266,30 @@ class ReproduceJob(Job):
             visualizer=False,
         )
         datamodule = get_datamodule(self.options["data"])
+        curve = Curve()
         with tempfile.TemporaryDirectory() as results:
             engine = Engine(
                 default_root_dir=results,
+                callbacks=[curve],
                 logger=False,
                 enable_progress_bar=False,
                 accelerator=self.options["accelerator"],
                 devices="auto" if task_id is None else [task_id],
-                check_val_every_n_epoch=1_000_000,  # one validation, at the end, for the thresholds
+                # Without a curve one validation, at the end, for the thresholds.
+                check_val_every_n_epoch=1 if self.options["curve"] else 1_000_000,
+                **method.get("trainer", {}),
             )
             start = time.monotonic()
             engine.fit(model, datamodule=datamodule)
-            seconds = time.monotonic() - start
+            seconds = time.monotonic() - start - curve.paused
             engine.validate(model, datamodule=datamodule, verbose=False)
             metrics = dict(engine.test(model, datamodule=datamodule, verbose=False)[0])
-            file = Path(self.options["output"]) / "runs" / run_name(self.key)
             keep_maps(engine, model, datamodule, file.with_name(f"{file.name}.npz"))
-        row = {
-            **self.key,
-            **{name: round(float(value), 4) for name, value in metrics.items()},
+        return model, {
+            **{name: round(float(value), 4) for name, value in metrics.items() if value is not None},
             "train_seconds": round(seconds, 1),
-            **measure_cost(model.cpu() if task_id is None else model, image_size),
-            "image_size": "x".join(map(str, image_size)),
-            "hardware": hardware(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("anomalib", "anomalib-pedenet", "torch")},
+            "curve": curve.points if self.options["curve"] else [],
         }
-        unfinished = file.with_name(f"{file.name}.json.part")
-        unfinished.write_text(json.dumps(row, indent=1), encoding="utf-8")
-        unfinished.replace(file.with_name(f"{file.name}.json"))  # whole, or not there
-        print(f"{row['category']}, {row['method']}, seed {row['seed']}: {metrics}", flush=True)
-        return row
 
     @staticmethod
     def collect(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -226,24 +329,30 @@ class ReproduceJobGenerator(JobGenerator):
         runs = product(args["seeds"], args["categories"] or [None], args["methods"] or methods)
         for seed, category, method in runs:
             data = read_data_config(args["data"], args["root"], category)
+            entry = methods[method]
             options = {
-                "model": methods[method]["model"],
+                "method": entry,
                 "data": data,
-                "image_size": args["image_size"],
+                "data_file": args["data"].name,
+                "image_size": entry.get("image_size", args["image_size"]),
                 "accelerator": args["accelerator"],
+                "curve": args["curve"],
                 "output": str(args["output"]),
             }
-            settings = json.dumps([options["model"], data["class_path"], args["image_size"]], sort_keys=True)
+            what = [arguments_of(entry["model"]), data["class_path"], options["image_size"]]
+            what += [entry["trainer"]] if "trainer" in entry else []
+            settings = json.dumps(what, sort_keys=True)
             key = {
                 "category": data["init_args"].get("category") or data["init_args"]["name"],
                 "method": method,
                 "seed": seed,
-                "table": methods[method]["table"],
+                "table": entry["table"],
                 "settings": hashlib.sha256(settings.encode()).hexdigest()[:12],
             }
             file = args["output"] / "runs" / f"{run_name(key)}.json"
             row = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            if row.get("settings") == key["settings"]:
+            has_curve = bool(row.get("curve")) or entry.get("cost_only", False)
+            if row.get("settings") == key["settings"] and (has_curve or not args["curve"]):
                 print(f"{key['category']}, {method}, seed {seed}: finished before", flush=True)
                 continue
             yield ReproduceJob(key, options)
@@ -269,6 +378,7 @@ def main() -> None:
     parser.add_argument(
         "--image_size", type=lambda text: [int(side) for side in names(text)], default=[256, 256], help="height,width"
     )
+    parser.add_argument("--curve", action="store_true", help="validate after each epoch, for AUROC by time")
     parser.add_argument("--accelerator", default="cpu", help="cpu, or cuda for one run on each GPU")
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce"))
     options = parser.parse_args()
@@ -288,7 +398,7 @@ def main() -> None:
             row["seed"],
         )
     )
-    pd.DataFrame(rows).to_csv(options.output / "results.csv", index=False)
+    pd.DataFrame(rows).drop(columns="curve", errors="ignore").to_csv(options.output / "results.csv", index=False)
     print(f"Rendered {render(options.output)}")
 
 

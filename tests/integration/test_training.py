@@ -146,6 +146,8 @@ def test_the_smaller_limit_of_steps_stands(
     "options",
     [
         {"training_mode": "patchwise", "lambda_syn": 0.0},
+        {"training_mode": "patchwise", "lambda_syn": 0.0, "lambda_svdd": 1e-3},
+        {"lambda_svdd": 1e-3},
         {"patch_sizes": [64], "scored_sizes": None},
         {"patch_sizes": [32], "scored_sizes": None},
         {"covariance_type": "full"},
@@ -157,6 +159,17 @@ def test_other_ways_to_train(datamodule: MVTecAD, tmp_path: Path, options: dict[
     train(datamodule, tmp_path, model)
     assert model.model.is_fitted
     assert any(not torch.equal(a, b) for a, b in zip(before, model.model.density_networks.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["dense", "patchwise"])
+def test_compactness_draws_neighbouring_patches_together(datamodule: MVTecAD, tmp_path: Path, mode: str) -> None:
+    """With a heavy weight the distance of nearly equal patches shrinks, which without it is what it happens to be."""
+    distances = []
+    for weight in (1e-9, 100.0):
+        options = {"training_mode": mode, "lambda_syn": 0.0, "lambda_den": 0.0, "lambda_svdd": weight}
+        engine = train(datamodule, tmp_path, Pedenet(**{**SMALL, **options}, max_steps=30))
+        distances.append(float(engine.trainer.callback_metrics["loss_svdd_32"]))
+    assert distances[1] < 0.5 * distances[0]
 
 
 @pytest.mark.parametrize(("max_epochs", "epochs"), [(-1, 3), (2, 2), (1, 1)])

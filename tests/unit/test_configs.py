@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import yaml
 from anomalib.data import get_datamodule
+from anomalib.data.datasets.image.mvtecad import CATEGORIES
 from anomalib.models import get_model
 
 from anomalib_pedenet import Pedenet
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -32,9 +34,27 @@ def test_model_configurations(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((CONFIGS / "data").glob("*.yaml")), ids=lambda path: path.stem)
 def test_data_configurations(path: Path) -> None:
     config = read(path)
-    assert get_datamodule(config).name.lower() in {"mvtecad", "parts", "commutator"}
+    assert get_datamodule(config).name.lower() in {"mvtecad", "visa", "parts", "commutator"}
 
 
 def test_the_papers_configuration_has_the_papers_parameters() -> None:
     model = get_model(read(CONFIGS / "model" / "paper.yaml"))
     assert sum(parameter.numel() for parameter in model.model.parameters()) == 467_378
+
+
+def test_the_benchmark_of_all_categories_has_them_all() -> None:
+    config = read(CONFIGS / "benchmark" / "mvtec_ad_all.yaml")
+    assert sorted(config["benchmark"]["data"]["init_args"]["category"]["grid"]) == sorted(CATEGORIES)
+
+
+def test_benchmarks_compare_with_patch_svdd_as_it_is_configured() -> None:
+    """The same arguments in all places, but for the length of the training and of its epochs."""
+    lengths = {"max_steps", "steps_per_image"}
+    arguments = [
+        read(CONFIGS / "model" / "patch_svdd.yaml")["init_args"],
+        read(ROOT / "benchmarks" / "methods.yaml")["Patch-SVDD's recipe"]["model"]["init_args"],
+        read(ROOT / "benchmarks" / "time_to_accuracy.yaml")["Patch-SVDD's recipe"],
+    ]
+    first, *others = [{name: value for name, value in each.items() if name not in lengths} for each in arguments]
+    assert all(other == first for other in others)
+    assert first["lambda_svdd"] > 0

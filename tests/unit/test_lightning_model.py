@@ -56,6 +56,7 @@ DEFAULTS = Path(__file__).parents[2] / "configs" / "model" / "pedenet.yaml"
         ({"lambda_den": 0.0, "lambda_lpn": 0.0, "lambda_syn": 0.0}, "all 0, so there is nothing to learn"),
         ({"training_mode": "patchwise"}, "dense training only: set lambda_syn to 0"),
         ({"lambda_syn": -1.0}, "lambda_syn must be at least 0"),
+        ({"lambda_svdd": -1.0}, "lambda_svdd must be at least 0"),
         ({"steps_per_image": 0}, "steps_per_image must be at least 1, or None to choose it, got 0"),
         ({"cache_gib": 0.0}, "cache_gib must be above 0"),
         (

@@ -11,6 +11,7 @@ import torch
 from anomalib_pedenet.loss import (
     MIN_CLASS_SHARE,
     PedenetLoss,
+    compactness_loss,
     covariance_regularization,
     defect_loss,
     density_loss,
@@ -180,3 +181,29 @@ def test_the_weight_of_defect_prediction_is_in_the_total() -> None:
             *arguments, defect_logits=logits, defect_labels=labels
         )
         torch.testing.assert_close(terms.total, without.total + 3 * weight * defect_loss(logits, labels))
+
+
+def test_compactness_is_the_mean_distance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    embeddings, jittered = torch.randn(2, 12, 8, generator=generator)
+    distances = [math.dist(a, b) for a, b in zip(embeddings.tolist(), jittered.tolist(), strict=True)]
+    assert compactness_loss(embeddings, jittered).item() == pytest.approx(sum(distances) / 12)
+    assert compactness_loss(embeddings, embeddings + torch.tensor([3.0, 4.0] + [0.0] * 6)).item() == pytest.approx(5.0)
+
+
+def test_compactness_has_a_finite_gradient_where_patches_are_equal() -> None:
+    embeddings = torch.randn(4, 3, requires_grad=True)
+    compactness_loss(embeddings, embeddings.detach().clone()).backward()
+    assert embeddings.grad is not None
+    assert bool(embeddings.grad.isfinite().all())
+
+
+def test_compactness_joins_the_total_with_its_weight() -> None:
+    inputs = make_inputs()
+    pairs = (torch.randn(10, 8), torch.randn(10, 8))
+    without = PedenetLoss()(*inputs)
+    terms = PedenetLoss(lambda_svdd=3.0)(*inputs, jittered=pairs)
+    assert without.compactness == 0
+    torch.testing.assert_close(terms.total, without.total + 3 * compactness_loss(*pairs))
+    with pytest.raises(ValueError, match="pass jittered"):
+        PedenetLoss(lambda_svdd=3.0)(*inputs)

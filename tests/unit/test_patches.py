@@ -13,6 +13,7 @@ from anomalib_pedenet.patches import (
     gather_embeddings,
     grid_size,
     minimum_training_size,
+    sample_jittered_pairs,
     sample_neighbor_pairs,
     sample_positions,
 )
@@ -75,6 +76,22 @@ def test_jitter_and_positions_reach_their_limits() -> None:
 def test_pairs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"111x200 px.*needs at least 112x112 px.*crop_size"):
         sample_neighbor_pairs(1, (111, 200), 64)
+
+
+@pytest.mark.parametrize(("patch_size", "step", "reach"), [(64, 1, 2), (32, 1, 1), (64, 2, 2), (32, 2, 2)])
+def test_jittered_pairs_lie_within_reach_and_never_at_the_same_place(patch_size: int, step: int, reach: int) -> None:
+    """The reach of Patch-SVDD's code, K // 32 px; on the dense grid at least a step."""
+    torch.manual_seed(0)
+    image_size = (patch_size + 2, patch_size + 8)
+    first, second = sample_jittered_pairs((100, 200), image_size, patch_size, step)
+    assert first.shape == second.shape == (100, 200, 2)
+    for positions in (first, second):
+        assert (positions >= 0).all()
+        assert (positions <= torch.tensor([2, 8])).all()
+        assert (positions % step == 0).all()
+    steps = range(-reach, reach + 1, step)
+    offsets = {(row, column) for row in steps for column in steps} - {(0, 0)}
+    assert set(map(tuple, (second - first).flatten(0, 1).tolist())) == offsets
 
 
 def test_extracted_patches_equal_slices() -> None:

@@ -3,12 +3,14 @@
 
 """Sampling for a training step: what the dense way gives must be what the patch-by-patch way gives."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from anomalib_pedenet import sampling
 from anomalib_pedenet.networks import PatchEmbeddingNetwork
-from anomalib_pedenet.patches import NEIGHBOR_DIRECTIONS, sample_neighbor_pairs
+from anomalib_pedenet.patches import NEIGHBOR_DIRECTIONS, sample_jittered_pairs, sample_neighbor_pairs
 from anomalib_pedenet.sampling import sample_dense, sample_patches
 
 
@@ -84,6 +86,50 @@ def test_defects_are_drawn_on_a_third_view(network: PatchEmbeddingNetwork) -> No
         is_clean = torch.cdist(sample.embeddings, clean, compute_mode=exact).amin(dim=1) < 1e-3
         assert is_clean.all()
     assert sample_dense(network, image, (64,), **options)[64].defect_embeddings is None
+
+
+@pytest.mark.parametrize("sample_function", [sample_dense, sample_patches])
+def test_jittered_pairs_are_the_embeddings_of_nearly_the_same_patch(
+    network: PatchEmbeddingNetwork,
+    monkeypatch: pytest.MonkeyPatch,
+    sample_function: Callable[..., dict[int, sampling.EmbeddingSample]],
+) -> None:
+    """Both patches of a pair are found in the image, where they were drawn; patch by patch they are not disturbed."""
+    drawn = []
+
+    def recording(*args: object, **kwargs: object) -> object:
+        drawn.append(sample_jittered_pairs(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(sampling, "sample_jittered_pairs", recording)
+    image = torch.randn(1, 3, 128, 128)
+    disturbance = 0.0 if sample_function is sample_dense else 0.5
+    options = {"num_pairs": 16, "color_shift": disturbance, "noise": disturbance}
+    samples = sample_function(network, image, (32, 64), **options, with_jitter=True)
+    for (size, sample), pairs in zip(samples.items(), drawn, strict=True):
+        assert sample.jittered is not None
+        for embeddings, positions in zip(sample.jittered, pairs, strict=True):
+            places = positions.reshape(-1, 2).tolist()
+            patches = [image[0, :, r : r + size, c : c + size] for r, c in places]
+            torch.testing.assert_close(embeddings, network(torch.stack(patches)), rtol=0, atol=1e-5)
+    assert sample_function(network, image, (64,), **options)[64].jittered is None
+
+
+@pytest.mark.parametrize("sample_function", [sample_dense, sample_patches])
+def test_without_jittered_pairs_nothing_more_is_drawn(
+    network: PatchEmbeddingNetwork, sample_function: Callable[..., dict[int, sampling.EmbeddingSample]]
+) -> None:
+    """With the pairs the generator goes on farther, and without them a seed gives what it always gave."""
+    image = torch.randn(2, 3, 128, 128)
+    found = []
+    for with_jitter in (False, True):
+        torch.manual_seed(3)
+        sample = sample_function(network, image, (64,), num_pairs=8, num_patches=8, with_jitter=with_jitter)[64]
+        found.append((sample, torch.rand(())))
+    (without, state), (with_pairs, later_state) = found
+    torch.testing.assert_close(without.centers, with_pairs.centers, rtol=0, atol=1e-5)
+    torch.testing.assert_close(without.directions, with_pairs.directions)
+    assert state != later_state
 
 
 def test_small_images_are_taken_whole(network: PatchEmbeddingNetwork) -> None:
