@@ -18,7 +18,7 @@ A line for each row is appended to ``<output>.csv``:
 
 - ``ms`` for an image: the median, and the quartiles ``ms_low`` and ``ms_high``; ``images_per_second``, by the median.
 - ``peak_mib``: the most memory that a process takes which does nothing but load and run the row (see
-  :mod:`runtimes`), and ``bytes`` of the export's files.
+  :mod:`runtimes`; not for torch.compile, whose compilation takes more), and ``bytes`` of the export's files.
 - ``map_error``: largest difference of the anomaly maps from eager float32's, as a fraction of those maps' range. It is
   the check that a row computes what it should, not a measure of quality: drawn banks are far from normal images.
 - ``of_matrix_product``, for Pedenet: its operations (two for each multiply-add) per second, as a fraction of those of
@@ -419,10 +419,14 @@ def measure(options: argparse.Namespace, rows: Sequence[Row]) -> Iterator[tuple[
 
 
 def peak_mib(row: Row, threads: int) -> float | None:
-    """Return the MiB that a fresh process takes to load and run a row; ``None`` where nothing tells (not Linux)."""
-    if not Path("/proc/self/status").exists():
-        return None
+    """Return the MiB that a fresh process takes to load and run a row.
+
+    ``None`` where nothing tells (not Linux), and where a model is compiled as it is loaded: that takes more memory than
+    running it, and minutes.
+    """
     route = ROUTES[row.route]
+    if not Path("/proc/self/status").exists() or route.options.get("compiled"):
+        return None
     command = [sys.executable, runtimes.__file__, str(row.path), "--runtime", route.runtime]
     command += ["--options", json.dumps(route.options), "--threads", str(threads)]
     command += ["--shape", *map(str, row.images.shape)]
