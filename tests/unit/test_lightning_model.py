@@ -99,7 +99,7 @@ def test_exports_need_a_memory_bank(tmp_path: Path) -> None:
 
 
 def test_the_overriding_trainer_arguments_are_those_without_which_it_cannot_train() -> None:
-    assert Pedenet().trainer_arguments == {"num_sanity_val_steps": 0}
+    assert Pedenet().trainer_arguments == {"num_sanity_val_steps": 0, "use_distributed_sampler": False}
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"not a checkpoint"], ids=["empty", "cut", "foreign"])
