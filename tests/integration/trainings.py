@@ -99,6 +99,8 @@ def train(root: Path, data: Path, checkpoint: Path | None = None, **options: Any
     from anomalib_pedenet import Pedenet
 
     torch.set_num_threads(1)
+    # Workers of the data loader that a server had started would outlive a training that is killed.
+    multiprocessing.set_start_method("fork", force=True)
     log = os.open(root.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
