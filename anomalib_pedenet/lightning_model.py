@@ -47,7 +47,7 @@ from anomalib_pedenet.sampling import EmbeddingSample, sample_dense, sample_patc
 from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.step_guard import MAX_SKIPPED_IN_ROW, StepGuard
 from anomalib_pedenet.torch_model import PedenetModel
-from anomalib_pedenet.training_state import origin, random_state, set_random_state
+from anomalib_pedenet.training_state import origin, random_state, seed_generators, set_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         covariance_jitter (float): Added to the covariances' diagonals. Defaults to ``1e-3``.
         train_precision (str): Arithmetic of the networks in training: ``"float32"``, ``"bfloat16"`` (autocast), or
             ``"auto"`` for bfloat16 where the device is fast at it. Scoring is not affected. Defaults to ``"auto"``.
+        seed (int | None): Seed of weights and training, which make the same result then on the same machine and number
+            of threads. ``None`` to draw from the program's generators. Defaults to ``None``.
         pre_trained (bool): Must be ``False``: Pedenet is trained from scratch and has no weights to load. Accepted so
             that one benchmark configuration can pass ``pre_trained: false`` to every model. Defaults to ``False``.
         pre_processor (PreProcessor | bool): Pre-processor instance, or whether to use the default one, which resizes to
@@ -247,6 +249,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         covariance_type: CovarianceType = "diag",
         covariance_jitter: float = 1e-3,
         train_precision: TrainPrecision = "auto",
+        seed: int | None = None,
         pre_trained: bool = False,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -264,21 +267,25 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         validate(self.hparams)
 
         self._scorer: str | dict[str, Any] = scorer or _SCORER_NAME
-        self.model: PedenetModel = PedenetModel(
-            patch_sizes=patch_sizes,
-            scored_sizes=scored_sizes,
-            stride=stride,
-            combination=combination,
-            scorer=self._scorer,
-            bank_size=bank_size,
-            coreset=coreset,
-            embedding_dim=embedding_dim,
-            num_components=num_components,
-            seed=bank_seed,
-            position_weight=position_weight,
-            batch_norm=batch_norm,
-            defect_prediction=lambda_syn > 0,
-        )
+        # The program's own generator is left alone: a checkpoint that is loaded must not seed it.
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            self.model: PedenetModel = PedenetModel(
+                patch_sizes=patch_sizes,
+                scored_sizes=scored_sizes,
+                stride=stride,
+                combination=combination,
+                scorer=self._scorer,
+                bank_size=bank_size,
+                coreset=coreset,
+                embedding_dim=embedding_dim,
+                num_components=num_components,
+                seed=bank_seed,
+                position_weight=position_weight,
+                batch_norm=batch_norm,
+                defect_prediction=lambda_syn > 0,
+            )
         self.loss = PedenetLoss(
             lambda_den=lambda_den,
             lambda_lpn=lambda_lpn,
@@ -297,7 +304,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         self._guard: StepGuard | None = None
         self._skipped_in_row = 0
         self._loaded_training: list[dict[str, Any]] | None = None  # of a checkpoint, until the training goes on
-        self._loaded_random: dict[str, Any] | None = None  # from then until its first batch
+        self._planned_random: dict[str, Any] | None = None  # from the start until the first batch
         self._origin: dict[str, Any] | None = None
         self._held_back: _HeldBack | None = None
         self._last_metrics: dict[str, torch.Tensor] = {}  # means over the latest batch's steps
@@ -394,8 +401,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             self.model.fit_standardization(images)
         self._guard = StepGuard(self.optimizers().optimizer, self.model)
         self._origin = self._origin or origin(self.trainer)
-        if self.trainer.global_rank and self.trainer.global_step == 0:
-            torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)  # else all draw the same crops
+        self._seed_training()
         self._resume(self._pool)
         logger.info(
             "Training Pedenet for %d steps, networks in %s.",
@@ -421,7 +427,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         """
         del batch_idx
         _check_finite(batch)
-        self._loaded_random = None
+        self._planned_random = None
         optimizer = self.optimizers()
         remaining = max(0, self._planned_steps - self.trainer.global_step)
         pool, guard = self._pool, self._guard
@@ -652,16 +658,27 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         self._skipped_in_row = state["skipped_in_row"]
         if "pool" in state:
             self._restore_pool(pool, state["pool"])
-        self._loaded_random = state["random"]
+        self._planned_random = state["random"]
         set_random_state(state["random"], self.device)
 
-    def on_train_epoch_start(self) -> None:
-        """Have the first epoch of a resumed training draw as it would have without the interruption."""
-        if self._loaded_random is None:
+    def _seed_training(self) -> None:
+        """Seed a new training, each process by another number: else all would draw the same crops."""
+        if self.trainer.global_step > 0:
             return
-        set_random_state(self._loaded_random, self.device)
+        rank = self.trainer.global_rank
+        if self.hparams.seed is not None:
+            seed_generators(self.hparams.seed + 1 + rank)  # other numbers than those of the weights
+            self._planned_random = random_state(self.device)
+        elif self.trainer.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + rank)
+
+    def on_train_epoch_start(self) -> None:
+        """Have the first epoch of a seeded or resumed training draw from the generators as they are meant to be."""
+        if self._planned_random is None:
+            return
+        set_random_state(self._planned_random, self.device)
         loop = self.trainer.fit_loop
-        if loop.is_resuming or loop.epoch_loop.restarting:
+        if self.trainer.current_epoch == 0 or loop.is_resuming or loop.epoch_loop.restarting:
             # The loop has drawn the order of the images before, and draws it at the start of other epochs only.
             iter(loop._data_fetcher)  # noqa: SLF001 - as the loop itself does
 

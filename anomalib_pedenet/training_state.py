@@ -52,6 +52,17 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
+def seed_generators(seed: int) -> None:
+    """Seed the global random generators of torch (on every device), NumPy and Python.
+
+    Args:
+        seed (int): Seed, from 0 to 2**32 - 1.
+    """
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
+
+
 def origin(trainer: Trainer) -> dict[str, Any]:
     """Return what a training's result depends on besides the model's arguments, which Lightning saves.
 

@@ -75,8 +75,8 @@ def test_two_processes_train_one_model(data: Path, tmp_path: Path, strategy: str
 def test_gradients_are_means_over_the_processes(data: Path, tmp_path: Path) -> None:
     """Each of two single processes draws what one of the two that train together does."""
     options = {"model": {"max_steps": 7}, "test": False}
-    run_well(tmp_path / "first", data, **options)
-    run_well(tmp_path / "second", data, **options, watch={"reseed": True})
+    run_well(tmp_path / "first", data, **options, watch={"draw_as": 0})
+    run_well(tmp_path / "second", data, **options, watch={"draw_as": 1})
     run_well(tmp_path / "two", data, **options, trainer=on_two("ddp_fork"))
     first, second, two = (torch.load(tmp_path / name / "rank0.pt") for name in ("first", "second", "two"))
     for name in ("weights", "gradients"):
@@ -103,7 +103,7 @@ def test_a_process_that_fails_ends_the_run(data: Path, tmp_path: Path, strategy:
     if how == "raise":
         assert "This process fails." in log
     elif done.returncode != -signal.SIGKILL:  # unless it was the first process itself
-        assert any(said in log for said in ("SIGKILL", "Connection closed by peer", "exit code")), log[-2000:]
+        assert any(said in log for said in ("SIGKILL", "by peer", "exit code")), log[-2000:]
     assert time.monotonic() - begin < 600
     # No process is left that waits for the other.
     deadline = time.monotonic() + 60

@@ -75,6 +75,7 @@ def test_a_training_killed_after_an_epoch_goes_on_exactly(data: Path, tmp_path: 
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
+    "a seed of the model": {"model": {"seed": 4}},
     "worker processes": {"loader": {"num_workers": 2}},
     "validated every second epoch": {"trainer": {"check_val_every_n_epoch": 2}},
     "a pool that forgets, images held back": {

@@ -46,22 +46,22 @@ class Watch(Callback):
 
     Args:
         root: Folder of the notes, ``rank<n>.pt``.
-        reseed: Whether to draw as the process of rank 1 would.
+        draw_as: Process as which a single one is to draw.
         break_rank: Process that is to fail, if any.
         break_how: ``"raise"`` or ``"kill"``.
     """
 
-    def __init__(self, root: Path, reseed: bool = False, break_rank: int = -1, break_how: str = "raise") -> None:
+    def __init__(self, root: Path, draw_as: int | None = None, break_rank: int = -1, break_how: str = "raise") -> None:
         self.root = root
-        self.reseed = reseed
+        self.draw_as = draw_as
         self.break_rank = break_rank
         self.break_how = break_how
         self.notes: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         del trainer, pl_module
-        if self.reseed:
-            torch.manual_seed(torch.initial_seed() + 1)
+        if self.draw_as is not None:
+            torch.manual_seed(torch.initial_seed() + self.draw_as)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -69,7 +69,9 @@ class Watch(Callback):
         del optimizer
         if trainer.global_step == 0:
             self.notes["weights"] = [parameter.detach().clone() for parameter in pl_module.parameters()]
-            self.notes["gradients"] = [parameter.grad.clone() for parameter in pl_module.parameters()]
+            self.notes["gradients"] = [
+                parameter.grad.clone() for parameter in pl_module.parameters() if parameter.grad is not None
+            ]
         if trainer.global_step == 9 and trainer.global_rank == self.break_rank:
             if self.break_how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
