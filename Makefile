@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv test lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency reproduce results clean
+.PHONY: help setup venv test test-all lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency reproduce results clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard startup/*)
 
 test: lint ## Lint, check types and run the tests (WORKERS=... sets the processes)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-all: lint ## The same with the slow tests: killed trainings, several devices (half an hour)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow"
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .

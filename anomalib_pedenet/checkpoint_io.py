@@ -1,40 +1,158 @@
 # Copyright (C) 2026 The anomalib-pedenet authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reading checkpoints: a file that is not a whole one is refused by name."""
+"""Checkpoint files: written whole or not at all, and checked to the last byte before anything in them is used."""
 
+import os
+import pickle
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
+from anomalib.utils.serialization import anomalib_safe_globals
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+
+# Bit of an archive's entry that makes it a folder.
+_FOLDER = 0x10
+
+NETWORK = "model.embedding_network."
+"""First part of the names of the weights that every checkpoint of this model has."""
 
 
-def check_checkpoint_file(path: str | Path) -> None:
-    """Check that a checkpoint is a whole file; a file that does not exist is left to the loader's own error.
+def check_checkpoint_file(
+    path: str | Path,
+    weights_only: bool | None = True,
+    extra_safe_globals: Sequence[Any] = (),
+) -> None:
+    """Check that a checkpoint is whole, holds nothing but data, and is one of this model.
+
+    torch does not verify the checksums of the zip archive that it writes, so that a flipped bit would become another
+    weight. Here every byte is read and compared with them. Then the content is listed, without its tensors.
 
     Args:
-        path (str | Path): Path of the checkpoint.
+        path (str | Path): Path of the checkpoint. A file that does not exist here is left to the loader's own error.
+        weights_only (bool | None): ``False`` if the caller trusts the file so far as to run code in it: the content is
+            not listed then.
+        extra_safe_globals (Sequence[Any]): Types that it may hold besides anomalib's.
 
     Raises:
-        ValueError: If it is not the zip archive that ``torch.save`` writes.
+        ValueError: If the file is damaged, holds anything that could run code, or is another model's; the message names
+            the file and the remedy.
     """
-    if Path(path).is_file() and not zipfile.is_zipfile(path):
+    if not Path(path).is_file():
+        return
+    size = f"{Path(path).stat().st_size:,} bytes"
+    again = "copy it again from its source, or train anew."
+    if not zipfile.is_zipfile(path):
+        msg = f"The checkpoint {path} ({size}) is cut short or not a checkpoint: {again}"
+        raise ValueError(msg)
+    damage = _find_damage(path)
+    if damage:
+        msg = f"The checkpoint {path} ({size}) is damaged ({damage}): {again}"
+        raise ValueError(msg)
+    if weights_only is False:
+        return
+    try:
+        with anomalib_safe_globals(extra=extra_safe_globals):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("\n")[0].rstrip(". ")
         msg = (
-            f"The checkpoint {path} ({Path(path).stat().st_size:,} bytes) is cut short or not a checkpoint: copy it "
-            "again from its source, or train anew."
+            f"The checkpoint {path} holds more than data, and was not loaded ({reason}): do not use it, but one that "
+            "was saved by a training of this model."
         )
+        raise ValueError(msg) from error
+    except Exception as error:
+        msg = f"The checkpoint {path} ({size}) is damaged ({type(error).__name__} while listing it): {again}"
+        raise ValueError(msg) from error
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not any(str(name).startswith(NETWORK) for name in weights):
+        msg = f"The checkpoint {path} holds no Pedenet weights: pass one that was trained with --model Pedenet."
         raise ValueError(msg)
 
 
-class CheckedCheckpointIO(AnomalibCheckpointIO):
-    """anomalib's checkpoint reader and writer, with :func:`check_checkpoint_file` before reading."""
+def _find_damage(path: str | Path) -> str:
+    """Return what is wrong with a zip archive, by its checksums; ``""`` if it is whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            # What Python reads must be what torch reads: it takes files as they are, and what has the mark of a folder
+            # for empty, which leaves a tensor as it happens to lie in memory.
+            is_plain = [
+                not (entry.compress_type or entry.is_dir() or entry.external_attr & _FOLDER) for entry in entries
+            ]
+            if not all(is_plain) or len(set(archive.namelist())) < len(entries):
+                return "its list of contents"
+            damaged = archive.testzip()
+            return f"the checksum of {damaged}" if damaged else ""
+    except Exception as error:  # noqa: BLE001 - zipfile and zlib raise many types on headers that are not what they were
+        return f"{type(error).__name__}: {error}"
 
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+
+class CheckedCheckpointIO(AnomalibCheckpointIO):
+    """anomalib's checkpoint reader and writer, with whole files only.
+
+    Lightning writes to the system's folder for temporary files and moves the file from there: where that is another
+    file system, the move is a copy, and a process that is killed in it leaves half a checkpoint in place of the last.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
+        """Save a checkpoint beside its place, on the disk to the last byte, and then put it there in one step.
+
+        A process that is killed leaves the earlier file as it was, and perhaps a ``.<name>.part`` beside it, which the
+        next one overwrites.
+
+        Args:
+            checkpoint (dict[str, Any]): What to save.
+            path (str | Path): Where. Other than local paths are left to Lightning.
+            storage_options (Any): Not supported, as in ``TorchCheckpointIO``.
+
+        Raises:
+            OSError: If it cannot be written; the earlier file is untouched.
+        """
+        if storage_options is not None or not _is_local_file_protocol(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(str(path).removeprefix("file://"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.part")
+        try:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(target)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        _sync_folder(target.parent)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Any = None,  # noqa: ANN401 - of torch
+        weights_only: bool | None = True,
+    ) -> dict[str, Any]:
         """Load a checkpoint; see ``AnomalibCheckpointIO.load_checkpoint``.
 
         Raises:
-            ValueError: If the file is not a whole checkpoint.
+            ValueError: If :func:`check_checkpoint_file` refuses it.
         """
-        check_checkpoint_file(path)
-        return super().load_checkpoint(path, *args, **kwargs)
+        # Lightning passes None for its default, which an environment variable can turn into False.
+        weights_only = weights_only is not False
+        check_checkpoint_file(path, weights_only, self.extra_safe_globals)
+        return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
+
+
+def _sync_folder(folder: Path) -> None:
+    """See that the new name in a folder outlasts a power failure, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

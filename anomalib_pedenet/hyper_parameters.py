@@ -89,15 +89,26 @@ def validate(hparams: Mapping[str, Any]) -> None:
     if hparams["training_mode"] == "patchwise" and hparams["lambda_syn"] > 0:
         msg = "Defects are drawn in dense training only: set lambda_syn to 0 for training_mode 'patchwise'."
         raise ValueError(msg)
+    _validate_optional(hparams)
+    check_bank_size(hparams["bank_size"])
+    _validate_sizes(hparams)
+
+
+def _validate_optional(hparams: Mapping[str, Any]) -> None:
+    """Check the hyper-parameters that have no value by default, and the memory of the pool.
+
+    Raises:
+        ValueError: If one is outside its range.
+    """
     if hparams["steps_per_image"] is not None and hparams["steps_per_image"] < 1:
         msg = f"steps_per_image must be at least 1, or None to choose it, got {hparams['steps_per_image']}."
+        raise ValueError(msg)
+    if hparams["seed"] is not None and not 0 <= hparams["seed"] < 2**32:
+        msg = f"seed must be from 0 to 2**32 - 1, or None for another one each time, got {hparams['seed']}."
         raise ValueError(msg)
     if hparams["cache_gib"] <= 0:
         msg = f"cache_gib must be above 0, got {hparams['cache_gib']}."
         raise ValueError(msg)
-
-    check_bank_size(hparams["bank_size"])
-    _validate_sizes(hparams)
 
 
 def check_image_size(image_size: Any) -> None:  # noqa: ANN401 - whatever was given

@@ -56,7 +56,9 @@ from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.post_processor import PedenetPostProcessor
 from anomalib_pedenet.sampling import EmbeddingSample, sample_dense, sample_patches
 from anomalib_pedenet.scorers import Coreset
+from anomalib_pedenet.step_guard import MAX_SKIPPED_IN_ROW, StepGuard
 from anomalib_pedenet.torch_model import PedenetModel
+from anomalib_pedenet.training_state import origin, random_state, seed_generators, set_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +78,16 @@ _MAX_HELD_BACK = 32
 # Of large images fewer are read together, so that neither they nor what is computed of them fill the memory.
 _SAMPLE_BYTES = 2**28
 
+# In units of normalised images, where a grey level of 8-bit images is 0.017.
+_LEAST_CONTRAST = 0.005
+
 # Entry of a checkpoint: the scorer whose state it holds; and that of models and checkpoints that name none.
 _SCORER = "pedenet_scorer"
 _SCORER_NAME = "exact"
+
+# Entries of a checkpoint: what each process needs to go on exactly, and what the training's result depends on.
+_TRAINING = "pedenet_training"
+_ORIGIN = "pedenet_origin"
 
 # State that is fitted with the memory bank.
 _SCORER_STATE = "model.scorers."
@@ -134,7 +143,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             loaded checkpoint's, else ``"exact"``. Defaults to ``None``.
         bank_size (float): Largest number of rows of each scale's memory bank, chosen from the embeddings of all
             training images; below 1, as a fraction of them (0.1: a tenth). Memory, export size and search time grow
-            with it. Defaults to ``4_000``.
+            with it. Defaults to ``5_000``.
         coreset (str): How the bank's rows are chosen: ``"uniform"`` (at random), ``"k_center"`` (greedily far apart, as
             PatchCore), ``"k_means"`` (centroids), or ``"auto"`` for k-means up to 5,000 rows and a uniform subset
             beyond. Defaults to ``"auto"``.
@@ -195,6 +204,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         covariance_jitter (float): Added to the covariances' diagonals. Defaults to ``1e-3``.
         train_precision (str): Arithmetic of the networks in training: ``"float32"``, ``"bfloat16"`` (autocast), or
             ``"auto"`` for bfloat16 where the device is fast at it. Scoring is not affected. Defaults to ``"auto"``.
+        seed (int | None): Seed of weights and training, which make the same result then on the same machine and number
+            of threads. ``None`` to draw from the program's generators. Defaults to ``None``.
         pre_trained (bool): Must be ``False``: Pedenet is trained from scratch and has no weights to load. Accepted so
             that one benchmark configuration can pass ``pre_trained: false`` to every model. Defaults to ``False``.
         pre_processor (PreProcessor | bool): Pre-processor instance, or whether to use the default one, which resizes to
@@ -224,7 +235,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         stride: int = 8,
         combination: Combination = "product",
         scorer: str | dict[str, Any] | None = None,
-        bank_size: float = 4_000,
+        bank_size: float = 5_000,
         coreset: Coreset = "auto",
         bank_stride: int = 8,
         bank_seed: int = 0,
@@ -257,6 +268,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         covariance_type: CovarianceType = "diag",
         covariance_jitter: float = 1e-3,
         train_precision: TrainPrecision = "auto",
+        seed: int | None = None,
         pre_trained: bool = False,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -275,21 +287,25 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         validate(self.hparams)
 
         self._scorer: str | dict[str, Any] = scorer or _SCORER_NAME
-        self.model: PedenetModel = PedenetModel(
-            patch_sizes=patch_sizes,
-            scored_sizes=scored_sizes,
-            stride=stride,
-            combination=combination,
-            scorer=self._scorer,
-            bank_size=bank_size,
-            coreset=coreset,
-            embedding_dim=embedding_dim,
-            num_components=num_components,
-            seed=bank_seed,
-            position_weight=position_weight,
-            batch_norm=batch_norm,
-            defect_prediction=lambda_syn > 0,
-        )
+        # The program's own generator is left alone: a checkpoint that is loaded must not seed it.
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            self.model: PedenetModel = PedenetModel(
+                patch_sizes=patch_sizes,
+                scored_sizes=scored_sizes,
+                stride=stride,
+                combination=combination,
+                scorer=self._scorer,
+                bank_size=bank_size,
+                coreset=coreset,
+                embedding_dim=embedding_dim,
+                num_components=num_components,
+                seed=bank_seed,
+                position_weight=position_weight,
+                batch_norm=batch_norm,
+                defect_prediction=lambda_syn > 0,
+            )
         self.loss = PedenetLoss(
             lambda_den=lambda_den,
             lambda_lpn=lambda_lpn,
@@ -306,6 +322,11 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         self.automatic_optimization = False
         self._planned_steps = max_steps
         self._pool: ImagePool | None = None
+        self._guard: StepGuard | None = None
+        self._skipped_in_row = 0
+        self._loaded_training: list[dict[str, Any]] | None = None  # of a checkpoint, until the training goes on
+        self._planned_random: dict[str, Any] | None = None  # from the start until the first batch
+        self._origin: dict[str, Any] | None = None
         self._held_back: _HeldBack | None = None
         self._last_metrics: dict[str, torch.Tensor] = {}  # means over the latest batch's steps
         self._clock = (0, 0.0)  # step and time at which the training started
@@ -318,9 +339,11 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         """Trainer arguments that the model cannot do without (they override the user's).
 
         Returns:
-            dict[str, Any]: ``num_sanity_val_steps: 0``, since there is no memory bank before training.
+            dict[str, Any]: ``num_sanity_val_steps: 0``, since there is no memory bank before training; and
+                ``use_distributed_sampler: False``, since every process draws its own crops from all images, and a
+                sampler that fills up its shards would score some images twice.
         """
-        return {"num_sanity_val_steps": 0}
+        return {"num_sanity_val_steps": 0, "use_distributed_sampler": False}
 
     @property
     def learning_type(self) -> LearningType:
@@ -376,7 +399,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
                 *self.model.defect_networks.parameters(),
             ],
             lr=self.hparams.learning_rate,
-            fused=self.device.type in {"cpu", "cuda"},
+            fused=True,  # these alone can be told on the device to skip a step
         )
         if self.hparams.lr_schedule == "constant":
             return optimizer
@@ -386,7 +409,11 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Measure the training images and choose the arithmetic of the networks."""
+        """Measure the training images, choose the arithmetic of the networks, and go on where a checkpoint was.
+
+        Raises:
+            ValueError: If the training images show nothing, or are too few to hold some back.
+        """
         self._planned_steps = self._total_steps()
         self._uses_bfloat16 = _uses_bfloat16(self.hparams.train_precision, self.device)
         self._hold_back()
@@ -394,7 +421,13 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         self._pool = ImagePool(num_images or 2**31, int(self.hparams.cache_gib * 2**30))
         self._clock = (self.trainer.global_step, time.monotonic())
         if self.trainer.global_step == 0:  # a resumed training goes on with the checkpoint's
-            self.model.fit_standardization(self._sample_of_normal_images(_STANDARDIZATION_IMAGES))
+            images = self._sample_of_normal_images(_STANDARDIZATION_IMAGES)
+            _check_varied(images)
+            self.model.fit_standardization(images)
+        self._guard = StepGuard(self.optimizers().optimizer, self.model)
+        self._origin = self._origin or origin(self.trainer)
+        self._seed_training()
+        self._resume(self._pool)
         logger.info(
             "Training Pedenet for %d steps, networks in %s.",
             self._planned_steps,
@@ -413,33 +446,41 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             batch_idx (int): Index of the batch (unused).
 
         Raises:
-            ValueError: If the images are not finite or too small, or the loss is not finite.
+            ValueError: If the images are not finite or too small, or the loss or its gradients are not finite in many
+                steps in a row.
             RuntimeError: If called outside a training.
         """
         del batch_idx
         check_finite(batch)
+        self._planned_random = None
         optimizer = self.optimizers()
         remaining = max(0, self._planned_steps - self.trainer.global_step)
-        pool = self._pool
-        if pool is None:
+        pool, guard = self._pool, self._guard
+        if pool is None or guard is None:
             msg = "There is no pool of training images: train with anomalib's Engine or a Lightning Trainer."
             raise RuntimeError(msg)
-        images = batch.image if self._held_back is None else batch.image[self._held_back.trainable(batch)]
+        chosen = range(len(batch.image)) if self._held_back is None else self._held_back.trainable(batch)
+        images = batch.image[list(chosen)]
         if len(images):
-            pool.add(self.model.standardize(images))
+            paths = getattr(batch, "image_path", None)
+            pool.add(self.model.standardize(images), paths and [str(paths[position]) for position in chosen])
         history: list[dict[str, torch.Tensor]] = []
         for _ in range(min(remaining, self._steps_per_image() * len(images))):
             self._is_bank_stale = True
+            guard.begin()
             with naming_files(batch):
                 loss, metrics = self._joint_loss(pool.images)
             optimizer.zero_grad()
             self.manual_backward(loss)
+            # Gradients are means over the processes already, so that all of them skip a step or none.
+            is_skipped = guard.check(self.trainer.strategy.reduce(loss.detach(), reduce_op="mean"))
             optimizer.step()
             scheduler = self.lr_schedulers()  # each time anew, as it may be replaced
             if scheduler is not None:
                 scheduler.step()
-            history.append(metrics)
+            history.append(metrics | {"skipped_steps": is_skipped})
             self._report_progress(metrics)
+        history = self._without_skipped(history)
         if history:
             means = torch.stack([torch.stack([step[name].float() for step in history]).mean() for name in history[0]])
             means = self.trainer.strategy.reduce(means, reduce_op="mean")  # every process goes on with the same
@@ -447,6 +488,36 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         if self.trainer.global_step >= self._planned_steps:
             # Unlike the Trainer's own limit of steps, this lets a last validation run, which sets the thresholds.
             self.trainer.should_stop = True
+
+    def _without_skipped(self, history: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        """Count the steps of a batch that were skipped, and return the metrics of the others.
+
+        Raises:
+            ValueError: If many in a row were skipped.
+        """
+        flags = torch.stack([step.pop("skipped_steps") for step in history]).tolist() if history else []
+        self.log("skipped_steps", float(sum(flags)), on_step=False, on_epoch=True, reduce_fx="sum", batch_size=1)
+        for step, is_skipped in zip(history, flags, strict=True):
+            self._skipped_in_row = self._skipped_in_row + 1 if is_skipped else 0
+            if self._skipped_in_row == MAX_SKIPPED_IN_ROW:
+                terms = ", ".join(f"{name} {value:.3g}" for name, value in step.items())
+                msg = (
+                    f"The training loss or its gradients are not finite after {self.trainer.global_step} steps, "
+                    f"{MAX_SKIPPED_IN_ROW} in a row of which were skipped ({terms}): lower learning_rate or "
+                    "lambda_den, or raise covariance_jitter. Earlier checkpoints are untouched."
+                )
+                raise ValueError(msg)
+        if any(flags):
+            logger.warning(
+                "%d of the last %d steps were skipped, since the loss or its gradients were not finite.",
+                sum(flags),
+                len(flags),
+            )
+            schedule = self.lr_schedulers()
+            if isinstance(schedule, torch.optim.lr_scheduler.OneCycleLR):
+                schedule.last_epoch -= sum(flags) + 1  # only here is it known how many were made
+                schedule.step()
+        return [step for step, is_skipped in zip(history, flags, strict=True) if not is_skipped]
 
     def _joint_loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss of one step on standardised images, over all scales, and detached scalars to report."""
@@ -552,18 +623,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         )
 
     def _report(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Log the means over a batch's steps, show their essence on the progress bar, and watch for collapse.
-
-        Raises:
-            ValueError: If the loss is not finite.
-        """
-        if not bool(torch.isfinite(metrics["train_loss"])):
-            terms = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
-            msg = (
-                f"The training loss is not finite after {self.trainer.global_step} steps ({terms}): lower "
-                "learning_rate or lambda_den, or raise covariance_jitter. Earlier checkpoints are untouched."
-            )
-            raise ValueError(msg)
+        """Log the means over a batch's steps, show their essence on the progress bar, and watch for collapse."""
         self._last_metrics = metrics
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1)
         sizes = self.model.patch_sizes
@@ -586,11 +646,90 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
                 COLLAPSE_SPREAD,
             )
 
+    # ------------------------------------------------------------------------------------------------------ resuming
+
+    def _training_state(self) -> list[dict[str, Any]]:
+        """Return what each process needs to go on exactly: its generators and what is in its pool of images."""
+        pool = self._pool
+        state: dict[str, Any] = {"random": random_state(self.device), "skipped_in_row": self._skipped_in_row}
+        positions = self._positions(pool.sources) if pool is not None else []
+        if pool is not None and positions is not None:
+            names = [Path(str(source)).name for source in pool.sources]
+            state["pool"] = pool.state_dict() | {"positions": positions, "names": names}
+        states = [state] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            torch.distributed.all_gather_object(states, state)
+        return states
+
+    def _positions(self, paths: Sequence[str | None]) -> list[int] | None:
+        """Return where files stand in the training set, or ``None`` if that is not known."""
+        known = {path: position for position, path in enumerate(self._training_paths())}
+        positions = [known.get(path or "", -1) for path in paths]
+        return None if -1 in positions else positions
+
+    def _training_paths(self) -> list[str]:
+        """Return the files of the training set in order, as far as it tells them."""
+        samples = getattr(self._train_loader().dataset, "samples", None)
+        return [] if samples is None else [str(path) for path in samples["image_path"]]
+
+    def _resume(self, pool: ImagePool) -> None:
+        """Go on where a checkpoint was: with the images of the pool, and the random generators."""
+        states, self._loaded_training = self._loaded_training, None
+        if self.trainer.global_step == 0:
+            return
+        if states is None or len(states) != self.trainer.world_size:
+            logger.warning(
+                "The checkpoint was saved by an earlier version or by another number of processes: the training goes "
+                "on from its weights, but not exactly as it would have."
+            )
+            return
+        state = states[self.trainer.global_rank]
+        self._skipped_in_row = state["skipped_in_row"]
+        if "pool" in state:
+            self._restore_pool(pool, state["pool"])
+        self._planned_random = state["random"]
+        set_random_state(state["random"], self.device)
+
+    def _seed_training(self) -> None:
+        """Seed a new training, each process by another number: else all would draw the same crops."""
+        if self.trainer.global_step > 0:
+            return
+        rank = self.trainer.global_rank
+        if self.hparams.seed is not None:
+            seed_generators(self.hparams.seed + 1 + rank)  # other numbers than those of the weights
+            self._planned_random = random_state(self.device)
+        elif self.trainer.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + rank)
+
+    def on_train_epoch_start(self) -> None:
+        """Have the first epoch of a seeded or resumed training draw from the generators as they are meant to be."""
+        if self._planned_random is None:
+            return
+        set_random_state(self._planned_random, self.device)
+        loop = self.trainer.fit_loop
+        if self.trainer.current_epoch == 0 or loop.is_resuming or loop.epoch_loop.restarting:
+            # The loop has drawn the order of the images before, and draws it at the start of other epochs only.
+            iter(loop._data_fetcher)  # noqa: SLF001 - as the loop itself does
+
+    def _restore_pool(self, pool: ImagePool, state: dict[str, Any]) -> None:
+        """Decode the images again that were in the pool, if the training set is the same."""
+        paths, positions = self._training_paths(), state["positions"]
+        if [Path(paths[position]).name for position in positions if position < len(paths)] != state["names"]:
+            logger.warning("The training set is not that of the checkpoint: the training goes on with its images.")
+            return
+        images = self._normal_images(positions, with_augmentations=True)
+        standardized = (self.model.standardize(image) for image in images)
+        try:
+            pool.load_state_dict(state, standardized, [paths[position] for position in positions])
+        except ValueError as error:
+            logger.warning("%s The training goes on, but not exactly.", error)
+
     # --------------------------------------------------------------------------------------------------- memory bank
 
     def fit(self) -> None:
         """Build the memory bank from all normal training images, without augmentation, with the present weights."""
         bank_stride = self.hparams.bank_stride
+        self._average_running_statistics()
         was_training = self.model.training
         self.model.eval()  # batch normalisation must use what it has learned, as it will when images are scored
         with (
@@ -613,6 +752,15 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         )
         self._is_fitted = torch.tensor([True], device=self.device)
         self._is_bank_stale = False
+
+    def _average_running_statistics(self) -> None:
+        """Make the running averages of batch normalisation those of all processes, so that all build the same bank."""
+        if self.trainer.world_size == 1:
+            return
+        for layer in self.model.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                for buffer in (layer.running_mean, layer.running_var):
+                    buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
 
     @property
     def _trained_on(self) -> Sequence[int]:
@@ -639,9 +787,9 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             raise RuntimeError(msg)
         return loader
 
-    def _normal_images(self, indices: Sequence[int]) -> "_NormalImages":
-        """Return pre-processed training images, one by one and without augmentation."""
-        return _NormalImages(self._train_loader(), self.pre_processor, self.device, indices)
+    def _normal_images(self, indices: Sequence[int], with_augmentations: bool = False) -> "_NormalImages":
+        """Return pre-processed training images, one by one."""
+        return _NormalImages(self._train_loader(), self.pre_processor, self.device, indices, with_augmentations)
 
     def _sample_of_normal_images(self, limit: int) -> torch.Tensor:
         """Return at most ``limit`` pre-processed images ``[N, 3, H, W]`` from all over those that are trained on."""
@@ -749,6 +897,9 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             self.fit()
             bank = {name: value for name, value in self.state_dict().items() if name.startswith(_FITTED)}
             checkpoint["state_dict"].update(bank, _is_fitted=self._is_fitted)
+        checkpoint[_ORIGIN] = self._origin
+        if self._pool is not None:
+            checkpoint[_TRAINING] = self._training_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint fits this model, before its weights are loaded, and plan its schedule anew.
@@ -781,6 +932,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
                 )
                 raise ValueError(msg)
         self._take_scorer(checkpoint)
+        self._loaded_training = checkpoint.get(_TRAINING)
+        self._origin = checkpoint.get(_ORIGIN)
 
     def _take_scorer(self, checkpoint: dict[str, Any]) -> None:
         """Take the scorer of a checkpoint; or, if another one was asked for, only its networks."""
@@ -819,7 +972,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         """
         from anomalib_pedenet.checkpoint_io import check_checkpoint_file  # imports the engine, as models must not
 
-        check_checkpoint_file(checkpoint_path)
+        check_checkpoint_file(checkpoint_path, weights_only, cls.checkpoint_safe_globals())
         return super().load_from_checkpoint(
             checkpoint_path,
             map_location=map_location,
@@ -935,6 +1088,22 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         return quantization.quantize_with_accuracy_control(model, images, labelled, metric, max_drop)
 
 
+def _check_varied(images: torch.Tensor) -> None:
+    """Check that not every one of the images is of one colour, which makes all patches identical.
+
+    Raises:
+        ValueError: If they are.
+    """
+    largest = float((images.amax(dim=(2, 3)) - images.amin(dim=(2, 3))).max())
+    if largest < _LEAST_CONTRAST:
+        msg = (
+            f"Each of the {len(images)} training images that were examined is of one colour (largest contrast "
+            f"{largest:.2g} of about 4.5), so that all patches are identical and there is nothing to learn: look into "
+            "the folder of normal training images, and check the transforms."
+        )
+        raise ValueError(msg)
+
+
 def _uses_bfloat16(train_precision: TrainPrecision, device: torch.device) -> bool:
     """Return whether to train the networks under bfloat16 autocast."""
     if train_precision != "auto":
@@ -964,13 +1133,14 @@ class _HeldBack:
 
 
 class _NormalImages:
-    """The pre-processed training images, one by one, in order and without augmentation, on a device.
+    """The pre-processed training images, one by one and in order, on a device.
 
     Args:
         loader (DataLoader): The training loader.
         pre_processor (PreProcessor | None): Pre-processor, whose transform is applied.
         device (torch.device): Device of the images.
         indices (Sequence[int]): Positions in the data set of the images to take.
+        with_augmentations (bool): Whether the data set's augmentations are applied. Defaults to ``False``.
     """
 
     def __init__(
@@ -979,11 +1149,17 @@ class _NormalImages:
         pre_processor: PreProcessor | None,
         device: torch.device,
         indices: Sequence[int],
+        with_augmentations: bool = False,
     ) -> None:
         dataset = copy.copy(loader.dataset)  # the training goes on with the loader's own
-        if hasattr(dataset, "augmentations"):
+        if hasattr(dataset, "augmentations") and not with_augmentations:
             dataset.augmentations = None
-        self.loader = DataLoader(Subset(dataset, indices), batch_size=1, collate_fn=loader.collate_fn)
+        self.loader = DataLoader(
+            Subset(dataset, indices),
+            batch_size=1,
+            collate_fn=loader.collate_fn,
+            generator=torch.Generator(),  # else each pass would draw a seed from the training's generator
+        )
         self.transform = getattr(pre_processor, "transform", None)
         self.device = device
         self.paths: list[str] = []

@@ -68,7 +68,7 @@ class PedenetModel(nn.Module):
         scorer (str | Mapping[str, Any]): Scorer of each scale, see :func:`anomalib_pedenet.scorers.make_scorer`.
             Defaults to ``"exact"``.
         bank_size (float): Largest number of rows of each scale's memory bank, for scorers that have one; below 1, as a
-            fraction of all embeddings. Defaults to ``4_000``.
+            fraction of all embeddings. Defaults to ``5_000``.
         coreset (Coreset): How they are chosen, see :mod:`anomalib_pedenet.scorers.coreset`. Defaults to ``"auto"``.
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         num_components (int): Number K of mixture components of the DE network. Defaults to ``10``.
@@ -100,7 +100,7 @@ class PedenetModel(nn.Module):
         stride: int = 8,
         combination: Combination = "product",
         scorer: str | Mapping[str, Any] = "exact",
-        bank_size: float = 4_000,
+        bank_size: float = 5_000,
         coreset: Coreset = "auto",
         embedding_dim: int = 64,
         num_components: int = 10,
@@ -205,8 +205,8 @@ class PedenetModel(nn.Module):
 
         Where location prediction stays at chance, as on surfaces that look alike everywhere, the embeddings it is asked
         of have lost what they had at the start and gained nothing; what comes before them in the encoder has lost less.
-        So a trained scale counts as far as it has learned. Mid-level ones count 1, but of several the finest counts as
-        far as the smallest trained scale has not learned.
+        So a trained scale counts as far as it has learned. Mid-level ones count 1, but of several the finest counts the
+        less the more the smallest trained scale has learned, and not at all from one half on.
 
         Args:
             learned (Mapping[int, float]): For each trained size, from 0, nothing (location prediction at chance), to 1.
@@ -216,7 +216,7 @@ class PedenetModel(nn.Module):
             return
         weights = [learned.get(size, 1.0) for size in self.scored_sizes]
         if len(self.projections) > 1:
-            weights[0] = 1 - learned[min(learned)]
+            weights[0] = max(0.0, 1 - 2 * learned[min(learned)])
         self._scale_weights = [weight if weight >= MIN_SCALE_WEIGHT else 0.0 for weight in weights]
 
     def check_is_fitted(self) -> None:

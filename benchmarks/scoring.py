@@ -68,7 +68,7 @@ class Way(NamedTuple):
     stride: int = 8
     bank_stride: int = 8
     scorer: str | dict[str, Any] = "exact"
-    bank_size: int = 4_000
+    bank_size: int = 5_000
     coreset: Coreset = "auto"
     position: float | None = None
     smoothing: float = 0.0

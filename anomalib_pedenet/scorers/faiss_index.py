@@ -49,7 +49,7 @@ class FaissScorer(MemoryBankScorer):
 
     Args:
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
-        bank_size (float): Largest number of rows of the bank, or below 1 a fraction. Defaults to ``4_000``.
+        bank_size (float): Largest number of rows of the bank, or below 1 a fraction. Defaults to ``5_000``.
         coreset (Coreset): How they are chosen, see :class:`MemoryBankScorer`. Defaults to ``"auto"``.
         seed (int): Seed of that choice. Defaults to ``0``.
         index (str): ``"flat"`` (exact), ``"ivf"`` (inverted file), ``"hnsw"`` (graph), ``"pq"`` (inverted
@@ -73,7 +73,7 @@ class FaissScorer(MemoryBankScorer):
     def __init__(
         self,
         embedding_dim: int = 64,
-        bank_size: float = 4_000,
+        bank_size: float = 5_000,
         coreset: Coreset = "auto",
         seed: int = 0,
         index: str = "ivf",

@@ -28,7 +28,7 @@ class MemoryBankScorer(Scorer):
     Args:
         embedding_dim (int): Dimension Z of the embeddings that arrive. Defaults to ``64``.
         bank_size (float): Largest number of rows of the bank; below 1, as a fraction of all embeddings.
-            Defaults to ``4_000``.
+            Defaults to ``5_000``.
         coreset (Coreset): How they are chosen: ``"uniform"``, ``"k_center"``, ``"k_means"`` or ``"auto"``, see
             :func:`anomalib_pedenet.scorers.coreset.make_bank_builder`. Defaults to ``"auto"``.
         seed (int): Seed of that choice. Defaults to ``0``.
@@ -44,7 +44,7 @@ class MemoryBankScorer(Scorer):
     def __init__(
         self,
         embedding_dim: int = 64,
-        bank_size: float = 4_000,
+        bank_size: float = 5_000,
         coreset: Coreset = "auto",
         seed: int = 0,
         num_neighbors: int = 1,
@@ -131,7 +131,7 @@ class NearestNeighborScorer(MemoryBankScorer):
 
     Args:
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
-        bank_size (float): Largest number of rows of the bank, or below 1 a fraction. Defaults to ``4_000``.
+        bank_size (float): Largest number of rows of the bank, or below 1 a fraction. Defaults to ``5_000``.
         coreset (Coreset): How they are chosen, see :class:`MemoryBankScorer`. Defaults to ``"auto"``.
         seed (int): Seed of that choice. Defaults to ``0``.
         num_neighbors (int): Number k of nearest rows whose mean distance is the score; all rows if the bank has fewer.
@@ -155,7 +155,7 @@ class NearestNeighborScorer(MemoryBankScorer):
     def __init__(
         self,
         embedding_dim: int = 64,
-        bank_size: float = 4_000,
+        bank_size: float = 5_000,
         coreset: Coreset = "auto",
         seed: int = 0,
         num_neighbors: int = 1,

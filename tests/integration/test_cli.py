@@ -52,6 +52,38 @@ def test_train_test_predict_export(
     assert scores.anomaly_map.shape[-2:] == (144, 160)
 
 
+def test_the_same_seed_gives_the_same_result(
+    data: list[str], dataset_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--model", "Pedenet", "--trainer.enable_progress_bar", "false", *SHORT, *data]
+    saved = []
+    for run, seed in enumerate((5, 5)):
+        folder = tmp_path / str(run)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        AnomalibCLI(["train", *arguments, "--model.image_size", "[112,128]", "--model.seed", str(seed)])
+        (checkpoint,) = folder.rglob("latest/weights/lightning/model.ckpt")
+        saved.append(torch.load(checkpoint, weights_only=True))
+    first, second = (checkpoint["state_dict"] for checkpoint in saved)
+    tensors = [name for name, value in first.items() if isinstance(value, torch.Tensor)]
+    assert any(name.endswith("rows") for name in tensors)
+    assert "post_processor._pixel_threshold" in tensors
+    for name in tensors:
+        assert first[name].numpy().tobytes() == second[name].numpy().tobytes(), name
+
+    # What the result came from stands in the checkpoint.
+    origin = saved[1]["pedenet_origin"]
+    assert set(origin["versions"]) >= {"anomalib-pedenet", "anomalib", "torch", "lightning", "python"}
+    assert origin["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert origin["trainer"]["max_steps"] == -1
+    assert origin["data"]["train_batch_size"] == 2
+    assert origin["data"]["root"] == str(dataset_root)
+    given = dict(saved[1]["hyper_parameters"])
+    assert (given["max_steps"], given["seed"]) == (4, 5)
+    assert tuple(given["image_size"]) == (112, 128)
+    assert set(given) >= {"bank_seed", "lambda_den", "covariance_jitter", "train_precision"}
+
+
 def test_training_without_defective_images_keeps_the_best_epoch(
     dataset_root: Path,
     tmp_path: Path,

@@ -60,3 +60,25 @@ def test_it_keeps_eight_bit_levels_apart() -> None:
 def test_an_empty_pool_says_so() -> None:
     with pytest.raises(RuntimeError, match="holds no images yet"):
         _ = ImagePool(max_images=1, max_bytes=1).images
+
+
+def test_its_state_and_the_sources_make_it_anew() -> None:
+    """In the same order, and full or not: crops are drawn from it by position."""
+    for last in (3, 8):
+        pool = ImagePool(max_images=5, max_bytes=2**20)
+        for first in range(1, last, 2):
+            pool.add(batch(first, first + 1), [f"{first}", f"{first + 1}"])
+        copied = ImagePool(max_images=5, max_bytes=2**20)
+        copied.load_state_dict(pool.state_dict(), (batch(float(name)) for name in pool.sources), pool.sources)
+        assert copied.images[:, 0, 0, 0].tolist() == [float(name) for name in pool.sources]
+        for one in (pool, copied):
+            one.add(batch(9, 10), ["9", "10"])
+        assert torch.equal(pool.images, copied.images)
+        assert pool.sources == copied.sources
+
+
+def test_a_pool_of_other_limits_is_not_made_anew() -> None:
+    pool = ImagePool(max_images=5, max_bytes=2**20)
+    pool.add(batch(1, 2), ["1", "2"])
+    with pytest.raises(ValueError, match="set the same cache_gib"):
+        ImagePool(max_images=5, max_bytes=2**19).load_state_dict(pool.state_dict(), [], ["1", "2"])

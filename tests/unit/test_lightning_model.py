@@ -58,6 +58,7 @@ DEFAULTS = Path(__file__).parents[2] / "configs" / "model" / "pedenet.yaml"
         ({"lambda_syn": -1.0}, "lambda_syn must be at least 0"),
         ({"lambda_svdd": -1.0}, "lambda_svdd must be at least 0"),
         ({"steps_per_image": 0}, "steps_per_image must be at least 1, or None to choose it, got 0"),
+        ({"seed": -1}, r"seed must be from 0 to 2\*\*32 - 1, or None .*, got -1"),
         ({"cache_gib": 0.0}, "cache_gib must be above 0"),
         (
             {"image_size": (100, 256)},
@@ -110,7 +111,7 @@ def test_exports_need_a_memory_bank(tmp_path: Path) -> None:
 
 
 def test_the_overriding_trainer_arguments_are_those_without_which_it_cannot_train() -> None:
-    assert Pedenet().trainer_arguments == {"num_sanity_val_steps": 0}
+    assert Pedenet().trainer_arguments == {"num_sanity_val_steps": 0, "use_distributed_sampler": False}
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"not a checkpoint"], ids=["empty", "cut", "foreign"])

@@ -135,10 +135,10 @@ def test_scales_that_are_all_trained_count_alike(model: PedenetModel) -> None:
 
 def test_the_finest_of_several_mid_level_scales_counts_where_nothing_is_learned() -> None:
     model = PedenetModel()
-    model.weigh_scales({32: 0.75, 64: 0.9})
-    assert model.scale_shares == {16: 0.25, 24: 1.0, 32: 0.75}
-    model.weigh_scales({32: 0.95, 64: 1.0})
-    assert model.scale_shares == {24: 1.0, 32: 0.85}
+    model.weigh_scales({32: 0.25, 64: 0.9})
+    assert model.scale_shares == {16: 0.5, 24: 1.0, 32: 0.25}
+    model.weigh_scales({32: 0.75, 64: 1.0})
+    assert model.scale_shares == {24: 1.0, 32: 0.75}
     model.weigh_scales({32: 0.0, 64: 0.5})
     assert model.scale_shares == {16: 1.0, 24: 1.0}
 

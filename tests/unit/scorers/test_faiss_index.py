@@ -105,6 +105,24 @@ def test_damaged_bytes_are_refused_before_faiss_reads_them(damage: str) -> None:
         scorer(clustered(3))
 
 
+@pytest.mark.parametrize("index", ["flat", "ivf", "hnsw", "pq"])
+def test_any_flipped_bit_is_refused(index: str) -> None:
+    """Of the bytes of the index and of their checksum: faiss would search in what it happens to read, or crash."""
+    scorer = fitted(clustered(1500), index=index)
+    state = {name: value.clone() for name, value in scorer.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    for name, count in (("index_bytes", 40), ("digest", 10)):
+        for _ in range(count):
+            damaged = state[name].clone()
+            position = int(torch.randint(len(damaged), (), generator=generator))
+            damaged[position] ^= 1 << int(torch.randint(8, (), generator=generator))
+            scorer.load_state_dict(state | {name: damaged})
+            with pytest.raises(ValueError, match=r"is damaged: its checksum .*by training"):
+                scorer(clustered(3))
+    scorer.load_state_dict(state)
+    assert torch.isfinite(scorer(clustered(3))).all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
