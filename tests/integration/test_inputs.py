@@ -155,7 +155,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, t
     engine = make_engine(root)
     engine.fit(model, datamodule=datamodule)
     assert {Path(path).name for path in datamodule.train_data.samples.image_path} >= set(USED)
-    assert len(model.model.scorers["20"].bank) == 500
+    assert len(model.model.scorers["24"].bank) == 500
     (metrics,) = engine.test(model, datamodule=datamodule)
     assert {"image_AUROC", "image_F1Score"} <= set(metrics)
     scores = {}
@@ -223,7 +223,7 @@ def test_the_orientation_in_exif_is_ignored_in_training_and_testing(
         torch.manual_seed(0)
         model = Pedenet(**SMALL)
         make_engine(root).fit(model, datamodule=folder_of(root))
-        banks.append(model.model.scorers["20"].bank)
+        banks.append(model.model.scorers["24"].bank)
     torch.testing.assert_close(banks[0], banks[1], rtol=0, atol=0)
     images = [Path(shutil.copytree(root / "train", tmp_path / f"{root.name} images")) for root in (plain, rotated)]
     for path in (path for folder in images for path in folder.iterdir() if path.name != "0.jpg"):
@@ -338,7 +338,7 @@ def test_without_a_pre_processor_images_smaller_than_a_patch_are_named(
         make_engine(root).fit(Pedenet(**SMALL, pre_processor=False), datamodule=datamodule)
     model = Pedenet.load_from_checkpoint(trained[0])
     model.pre_processor = model.visualizer = None
-    write(root / "images", "tiny.png", rgb(19, 60).save)  # below 20 px, the smallest scale scored
+    write(root / "images", "tiny.png", rgb(19, 60).save)  # below 24 px, a scale that is scored
     dataset = PredictDataset(root / "images")
     with pytest.raises(ValueError, match=r"19x60 px, smaller than a patch of \d+x\d+ px: enlarge it .*tiny\.png"):
         make_engine(root).predict(model, dataset=dataset)

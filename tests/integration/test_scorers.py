@@ -139,4 +139,4 @@ def test_the_command_line_takes_names_and_class_paths(
     (path,) = tmp_path.rglob("latest/weights/lightning/model.ckpt")
     loaded = Pedenet.load_from_checkpoint(path)
     assert loaded.model.scorers["32"].num_neighbors == 3
-    assert len(loaded.model.scorers["20"].bank) == 300
+    assert len(loaded.model.scorers["24"].bank) == 300
