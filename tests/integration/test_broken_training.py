@@ -135,23 +135,3 @@ def test_a_singular_covariance_is_said_with_its_remedy(datamodule: MVTecAD, tmp_
     )
     with pytest.raises(ValueError, match=r"covariances of components .* are not positive definite.*covariance_jitter"):
         fit(model, datamodule, tmp_path)
-
-
-def test_collapse_is_said(datamodule: MVTecAD, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The density loss alone, at a large weight, draws all embeddings to one point where nothing holds them apart."""
-    model = Pedenet(
-        **SMALL,
-        max_steps=18,
-        learning_rate=1e-2,
-        lr_schedule="constant",
-        batch_norm=False,
-        lambda_lpn=0.0,
-        lambda_syn=0.0,
-        lambda_var=0.0,
-        lambda_den=1.0,
-        density_warmup=0.0,
-    )
-    with caplog.at_level(logging.WARNING, logger="anomalib_pedenet"):
-        fit(model, datamodule, tmp_path, limit_val_batches=0)
-    (warning,) = [record.getMessage() for record in caplog.records if "collapsed" in record.getMessage()]
-    assert "Lower lambda_den" in warning
