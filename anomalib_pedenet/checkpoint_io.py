@@ -46,12 +46,9 @@ def check_checkpoint_file(
         return
     size = f"{Path(path).stat().st_size:,} bytes"
     again = "copy it again from its source, or train anew."
-    if not zipfile.is_zipfile(path):
-        msg = f"The checkpoint {path} ({size}) is cut short or not a checkpoint: {again}"
-        raise ValueError(msg)
     damage = _find_damage(path)
     if damage:
-        msg = f"The checkpoint {path} ({size}) is damaged ({damage}): {again}"
+        msg = f"The checkpoint {path} ({size}) is {damage}: {again}"
         raise ValueError(msg)
     if weights_only is False:
         return
@@ -77,6 +74,8 @@ def check_checkpoint_file(
 def _find_damage(path: str | Path) -> str:
     """Return what is wrong with a zip archive, by its checksums; ``""`` if it is whole."""
     try:
+        if not zipfile.is_zipfile(path):
+            return "cut short or not a checkpoint"
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             # What Python reads must be what torch reads: it takes files as they are, and what has the mark of a folder
@@ -85,11 +84,11 @@ def _find_damage(path: str | Path) -> str:
                 not (entry.compress_type or entry.is_dir() or entry.external_attr & _FOLDER) for entry in entries
             ]
             if not all(is_plain) or len(set(archive.namelist())) < len(entries):
-                return "its list of contents"
+                return "damaged (its list of contents)"
             damaged = archive.testzip()
-            return f"the checksum of {damaged}" if damaged else ""
+            return f"damaged (the checksum of {damaged})" if damaged else ""
     except Exception as error:  # noqa: BLE001 - zipfile and zlib raise many types on headers that are not what they were
-        return f"{type(error).__name__}: {error}"
+        return f"damaged ({type(error).__name__}: {error})"
 
 
 class CheckedCheckpointIO(AnomalibCheckpointIO):
