@@ -794,8 +794,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
     def _sample_of_normal_images(self, limit: int) -> torch.Tensor:
         """Return at most ``limit`` pre-processed images ``[N, 3, H, W]`` from all over those that are trained on."""
         indices = self._trained_on
-        count = min(len(indices), self._num_together(limit))
-        chosen = torch.linspace(0, len(indices) - 1, count).long().tolist()
+        chosen = _spread(len(indices), self._num_together(limit))
         return self._normal_images([indices[position] for position in chosen]).together()
 
     def _num_together(self, limit: int) -> int:
@@ -913,9 +912,11 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         Raises:
             ValueError: If the checkpoint is another model's or was trained with other networks.
         """
+        from anomalib_pedenet.checkpoint_io import NETWORK  # imports the engine, as models must not
+
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint.get("hyper_parameters", {})
-        if not any(name.startswith("model.embedding_network.") for name in checkpoint.get("state_dict", {})):
+        if not any(name.startswith(NETWORK) for name in checkpoint.get("state_dict", {})):
             msg = "The checkpoint holds no Pedenet weights: pass a checkpoint that was trained with --model Pedenet."
             raise ValueError(msg)
         for state in checkpoint.get("lr_schedulers", []):
@@ -1077,8 +1078,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             raise ValueError(msg)
         datamodule.setup("fit")
         loader = datamodule.train_dataloader()
-        count = len(loader.dataset)
-        chosen = torch.linspace(0, count - 1, min(count, quantization.MAX_CALIBRATION_IMAGES)).long().tolist()
+        chosen = _spread(len(loader.dataset), quantization.MAX_CALIBRATION_IMAGES)
         images = _NormalImages(loader, None, torch.device("cpu"), chosen)
         if compression_type == CompressionType.INT8_PTQ:
             return quantization.quantize(model, images)
@@ -1086,6 +1086,11 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         labelled = DataLoader(validation, batch_size=1, collate_fn=validation.collate_fn)
         metric = metric or F1Score(fields=["pred_label", "gt_label"])
         return quantization.quantize_with_accuracy_control(model, images, labelled, metric, max_drop)
+
+
+def _spread(count: int, limit: int) -> list[int]:
+    """Return at most ``limit`` positions, evenly spread over ``count``."""
+    return torch.linspace(0, count - 1, min(count, limit)).long().tolist()
 
 
 def _check_varied(images: torch.Tensor) -> None:

@@ -53,11 +53,9 @@ from anomalib.models import AnomalibModule, EfficientAd, Padim, Patchcore, Peden
 from lightning.pytorch import seed_everything
 from lightning_utilities.core.imports import module_available
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
-from report import markdown
+from report import markdown, set_plain_ticks
 from scorers import timed
 from sklearn.metrics import roc_auc_score
 from step import matrix_throughput, processor_name
@@ -606,13 +604,6 @@ def plot(table: pd.DataFrame, path: Path) -> None:
             set_plain_ticks(axes.yaxis)
         set_plain_ticks(right.xaxis)
     figure.savefig(path, dpi=110)
-
-
-def set_plain_ticks(axis: Axis) -> None:
-    """Label a logarithmic axis with 1, 2, 5, 10, ... in place of powers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
 
 
 def plot_strides(rows: pd.DataFrame, axes: Axes) -> None:

@@ -22,6 +22,7 @@ import pandas as pd
 import yaml
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from sklearn.decomposition import PCA
@@ -226,12 +227,17 @@ def _finish(axes: Axes, handles_from: Axes | None = None) -> None:
         figure.legend(*handles_from.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
 
+def set_plain_ticks(axis: Axis, unit: float = 1.0) -> None:
+    """Label a logarithmic axis with 1, 2, 5, 10, ... of a unit in place of powers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _log_axis(axes: Axes, unit: float = 1.0) -> None:
-    """Make the horizontal axis logarithmic, with plain numbers at 1, 2 and 5."""
+    """Make the horizontal axis logarithmic, with plain numbers."""
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    set_plain_ticks(axes.xaxis, unit)
 
 
 def scatter(rows: pd.DataFrame, cost: str, label: str, unit: float, path: Path) -> None:
