@@ -100,9 +100,10 @@ def _validate_optional(hparams: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If one is outside its range.
     """
-    if hparams["steps_per_image"] is not None and hparams["steps_per_image"] < 1:
-        msg = f"steps_per_image must be at least 1, or None to choose it, got {hparams['steps_per_image']}."
-        raise ValueError(msg)
+    for name, meaning in (("steps_per_image", "to choose it"), ("max_steps_at_chance", "for no such limit")):
+        if hparams[name] is not None and hparams[name] < 1:
+            msg = f"{name} must be at least 1, or None {meaning}, got {hparams[name]}."
+            raise ValueError(msg)
     if hparams["seed"] is not None and not 0 <= hparams["seed"] < 2**32:
         msg = f"seed must be from 0 to 2**32 - 1, or None for another one each time, got {hparams['seed']}."
         raise ValueError(msg)

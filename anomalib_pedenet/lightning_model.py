@@ -13,20 +13,17 @@ Example:
 """
 
 import contextlib
-import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from anomalib import LearningType, TaskType
-from anomalib.data import AnomalibDataModule, Batch
-from anomalib.deploy import CompressionType
-from anomalib.metrics import Evaluator, F1Score
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -34,13 +31,12 @@ from anomalib.visualization import Visualizer
 from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
-from lightning_utilities.core.imports import module_available
-from torch.utils.data import DataLoader, Subset
-from torchmetrics import Metric
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from anomalib_pedenet.anomaly_map import Combination
 from anomalib_pedenet.criterion import draw_test_defects, drawn_defect_auroc
+from anomalib_pedenet.export import PedenetExportMixin
 from anomalib_pedenet.hyper_parameters import (
     LearningRateSchedule,
     TrainingMode,
@@ -49,15 +45,16 @@ from anomalib_pedenet.hyper_parameters import (
     validate,
 )
 from anomalib_pedenet.image_pool import ImagePool
-from anomalib_pedenet.input_files import InputFiles, check_depth, check_finite, naming_files
+from anomalib_pedenet.input_files import InputFiles, check_finite, naming_files
 from anomalib_pedenet.loss import DensityLossType, PedenetLoss, synthetic_weight
 from anomalib_pedenet.mixture import CovarianceType
+from anomalib_pedenet.normal_images import HeldBack, NormalImages, check_varied, spread
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.post_processor import PedenetPostProcessor
 from anomalib_pedenet.sampling import EmbeddingSample, sample_dense, sample_patches
 from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.step_guard import MAX_SKIPPED_IN_ROW, StepGuard
-from anomalib_pedenet.torch_model import PedenetModel
+from anomalib_pedenet.torch_model import MIN_SCALE_WEIGHT, PedenetModel
 from anomalib_pedenet.training_state import origin, random_state, seed_generators, set_random_state
 
 logger = logging.getLogger(__name__)
@@ -78,9 +75,6 @@ _MAX_HELD_BACK = 32
 # Of large images fewer are read together, so that neither they nor what is computed of them fill the memory.
 _SAMPLE_BYTES = 2**28
 
-# In units of normalised images, where a grey level of 8-bit images is 0.017.
-_LEAST_CONTRAST = 0.005
-
 # Entry of a checkpoint: the scorer whose state it holds; and that of models and checkpoints that name none.
 _SCORER = "pedenet_scorer"
 _SCORER_NAME = "exact"
@@ -89,12 +83,18 @@ _SCORER_NAME = "exact"
 _TRAINING = "pedenet_training"
 _ORIGIN = "pedenet_origin"
 
+# Entry of a checkpoint: the length of a training that was shortened.
+_SHORTENED = "pedenet_shortened_to"
+
 # State that is fitted with the memory bank.
 _SCORER_STATE = "model.scorers."
 _FITTED = (_SCORER_STATE, "model.position_encodings.", "model.projections.", "model._extra_state")
 
 # Fraction of the training over which the one-cycle schedule's rate rises.
 _RISE = 0.3
+
+# When it is decided whether location prediction is at chance, as a fraction of `max_steps_at_chance`.
+_DECISION = 2 / 3
 
 # Epochs of a training where `steps_per_image` is left to the model: each ends with a validation and a checkpoint.
 _EPOCHS = 3
@@ -115,7 +115,7 @@ _ARCHITECTURE: dict[str, Callable[[Any], Any]] = {
 }
 
 
-class Pedenet(MemoryBankMixin, AnomalibModule):
+class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
     """PEDENet: anomaly localisation by patch embedding and density estimation, trained from scratch.
 
     A patch embedding network learns, from normal images alone, to tell where a patch's neighbour lies (location
@@ -160,6 +160,10 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             none, but surfaces hardly train without it. Defaults to ``True``.
         max_steps (int): Training length in optimizer steps. A smaller ``Trainer`` limit (``max_steps``, ``max_epochs``)
             stands. Defaults to ``1500``.
+        max_steps_at_chance (int | None): Training length where ``max_steps`` is longer, but location prediction has
+            learned so little after two thirds of this that its own scale does not count. On such surfaces the
+            mid-level embeddings, which are scored instead, get worse with longer training. ``None`` to train for
+            ``max_steps`` in any case. Defaults to ``1500``.
         steps_per_image (int | None): Optimizer steps made for every training image in an epoch, so that each image is
             decoded once for several steps. ``None`` makes ``max_steps`` about three epochs, whatever the
             number of images; each epoch ends with a validation. Defaults to ``None``.
@@ -244,6 +248,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         num_components: int = 10,
         batch_norm: bool = True,
         max_steps: int = 1500,
+        max_steps_at_chance: int | None = 1500,
         steps_per_image: int | None = None,
         holdout: float = 0.0,
         cache_gib: float = 2.0,
@@ -321,13 +326,14 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         # One batch of images serves several optimizer steps, see `training_step`.
         self.automatic_optimization = False
         self._planned_steps = max_steps
+        self._shortened_to: int | None = None  # steps, where location prediction stayed at chance
         self._pool: ImagePool | None = None
         self._guard: StepGuard | None = None
         self._skipped_in_row = 0
         self._loaded_training: list[dict[str, Any]] | None = None  # of a checkpoint, until the training goes on
         self._planned_random: dict[str, Any] | None = None  # from the start until the first batch
         self._origin: dict[str, Any] | None = None
-        self._held_back: _HeldBack | None = None
+        self._held_back: HeldBack | None = None
         self._last_metrics: dict[str, torch.Tensor] = {}  # means over the latest batch's steps
         self._clock = (0, 0.0)  # step and time at which the training started
         self._uses_bfloat16 = False
@@ -403,10 +409,20 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         )
         if self.hparams.lr_schedule == "constant":
             return optimizer
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.hparams.learning_rate, total_steps=self._total_steps(), pct_start=_RISE
-        )
+        schedule = self._make_schedule(optimizer, self._total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _make_schedule(
+        self, optimizer: torch.optim.Optimizer, total_steps: int, last_step: int = -1
+    ) -> torch.optim.lr_scheduler.OneCycleLR:
+        """Return the one-cycle schedule of a training of some length, from the start or in its midst."""
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=self.hparams.learning_rate,
+            total_steps=total_steps,
+            pct_start=_RISE,
+            last_epoch=last_step,
+        )
 
     def on_train_start(self) -> None:
         """Measure the training images, choose the arithmetic of the networks, and go on where a checkpoint was.
@@ -422,7 +438,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         self._clock = (self.trainer.global_step, time.monotonic())
         if self.trainer.global_step == 0:  # a resumed training goes on with the checkpoint's
             images = self._sample_of_normal_images(_STANDARDIZATION_IMAGES)
-            _check_varied(images)
+            check_varied(images)
             self.model.fit_standardization(images)
         self._guard = StepGuard(self.optimizers().optimizer, self.model)
         self._origin = self._origin or origin(self.trainer)
@@ -485,9 +501,38 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             means = torch.stack([torch.stack([step[name].float() for step in history]).mean() for name in history[0]])
             means = self.trainer.strategy.reduce(means, reduce_op="mean")  # every process goes on with the same
             self._report(dict(zip(history[0], means, strict=True)))
+            self._shorten_at_chance()
         if self.trainer.global_step >= self._planned_steps:
             # Unlike the Trainer's own limit of steps, this lets a last validation run, which sets the thresholds.
             self.trainer.should_stop = True
+
+    def _shorten_at_chance(self) -> None:
+        """Shorten a long training where location prediction is still at chance, see ``max_steps_at_chance``.
+
+        What is left of it goes by the schedule of the shorter training, so that the rate falls to 0 as in any other.
+        """
+        step, length = self.trainer.global_step, self.hparams.max_steps_at_chance
+        is_decided = self._shortened_to is not None or length is None or not self.model.projections
+        if is_decided or self.hparams.lambda_lpn == 0 or step < _DECISION * length:
+            return
+        shortened = max(length, math.ceil(step / _DECISION))  # a batch may serve so many steps that the time has passed
+        if shortened >= self._planned_steps or self._learned()[min(self.model.patch_sizes)] >= MIN_SCALE_WEIGHT:
+            return
+        logger.warning(
+            "Location prediction is still near chance after %d steps: the training ends after %d instead of %d, since "
+            "more would make such a surface's scores worse (max_steps_at_chance).",
+            step,
+            shortened,
+            self._planned_steps,
+        )
+        self._shortened_to = self._planned_steps = shortened
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler = self._make_schedule(self.optimizers().optimizer, shortened, step - 1)
+
+    def _learned(self) -> dict[int, float]:
+        """Return how much location prediction has learned at each trained size, from 0 (chance) to 1."""
+        losses = {size: self._last_metrics[f"loss_lpn_{size}"] for size in self.model.patch_sizes}
+        return {size: 1 - float(synthetic_weight(loss)) for size, loss in losses.items()}
 
     def _without_skipped(self, history: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
         """Count the steps of a batch that were skipped, and return the metrics of the others.
@@ -580,6 +625,8 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         """Return the number of optimizer steps that this training will make, under the model's and Trainer's limits."""
         trainer = self.trainer
         limits = [int(self.hparams.max_steps)]
+        if self._shortened_to is not None:
+            limits.append(self._shortened_to)
         if trainer.max_steps > 0:
             limits.append(trainer.max_steps)
         num_images = self._images_per_epoch()
@@ -738,8 +785,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             self.trainer.precision_plugin.forward_context(),  # as the images will be scored
         ):
             if self._last_metrics and self.hparams.lambda_lpn > 0:
-                losses = {size: self._last_metrics[f"loss_lpn_{size}"] for size in self.model.patch_sizes}
-                self.model.weigh_scales({size: 1 - float(synthetic_weight(loss)) for size, loss in losses.items()})
+                self.model.weigh_scales(self._learned())
             weights = self.model.calibrate(self._sample_of_normal_images(_CALIBRATION_IMAGES), bank_stride)
             images = self._normal_images(self._trained_on)
             progress = tqdm(images, "Building the memory bank", len(images), disable=not self.trainer.is_global_zero)
@@ -787,14 +833,14 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             raise RuntimeError(msg)
         return loader
 
-    def _normal_images(self, indices: Sequence[int], with_augmentations: bool = False) -> "_NormalImages":
+    def _normal_images(self, indices: Sequence[int], with_augmentations: bool = False) -> NormalImages:
         """Return pre-processed training images, one by one."""
-        return _NormalImages(self._train_loader(), self.pre_processor, self.device, indices, with_augmentations)
+        return NormalImages(self._train_loader(), self.pre_processor, self.device, indices, with_augmentations)
 
     def _sample_of_normal_images(self, limit: int) -> torch.Tensor:
         """Return at most ``limit`` pre-processed images ``[N, 3, H, W]`` from all over those that are trained on."""
         indices = self._trained_on
-        chosen = _spread(len(indices), self._num_together(limit))
+        chosen = spread(len(indices), self._num_together(limit))
         return self._normal_images([indices[position] for position in chosen]).together()
 
     def _num_together(self, limit: int) -> int:
@@ -827,7 +873,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         if len(images.paths) != count:
             msg = "holdout needs a data module whose batches have image_path, to know the images that are held back."
             raise ValueError(msg)
-        self._held_back = _HeldBack(
+        self._held_back = HeldBack(
             trained_on=sorted(set(range(num_images)) - set(indices)), paths=frozenset(images.paths), normal=normal
         )
 
@@ -897,6 +943,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             bank = {name: value for name, value in self.state_dict().items() if name.startswith(_FITTED)}
             checkpoint["state_dict"].update(bank, _is_fitted=self._is_fitted)
         checkpoint[_ORIGIN] = self._origin
+        checkpoint[_SHORTENED] = self._shortened_to
         if self._pool is not None:
             checkpoint[_TRAINING] = self._training_state()
 
@@ -935,6 +982,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
         self._take_scorer(checkpoint)
         self._loaded_training = checkpoint.get(_TRAINING)
         self._origin = checkpoint.get(_ORIGIN)
+        self._shortened_to = checkpoint.get(_SHORTENED)
 
     def _take_scorer(self, checkpoint: dict[str, Any]) -> None:
         """Take the scorer of a checkpoint; or, if another one was asked for, only its networks."""
@@ -983,7 +1031,7 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             **kwargs,
         )
 
-    # ----------------------------------------------------------------------------------------------- scoring, export
+    # ------------------------------------------------------------------------------------------------------- scoring
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Score a batch of images.
@@ -1018,96 +1066,6 @@ class Pedenet(MemoryBankMixin, AnomalibModule):
             predictions = self.model(batch.image)
         return batch.update(**predictions._asdict())
 
-    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export to PyTorch's format; see ``ExportMixin.to_torch``.
-
-        Raises:
-            RuntimeError: If there is no memory bank yet (the other formats find that out by running the model).
-        """
-        self.model.check_is_fitted()
-        return super().to_torch(export_root, model_file_name)
-
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - of the mixin
-        """Export to ONNX, on the way to OpenVINO too; see ``ExportMixin.to_onnx``.
-
-        Raises:
-            ValueError: If the scorer cannot be part of a graph.
-        """
-        for scorer in self.model.scorers.values():
-            if not scorer.exportable:
-                msg = (
-                    f"The scorer {self._scorer!r} searches outside the graph and cannot be exported to ONNX or "
-                    "OpenVINO: train with the scorer 'exact', or load the checkpoint with it and validate once."
-                )
-                raise ValueError(msg)
-        return super().to_onnx(*args, **kwargs)
-
-    def _compress_ov_model(
-        self,
-        model: Any,  # noqa: ANN401 - of OpenVINO, which is optional
-        compression_type: CompressionType | None = None,
-        datamodule: AnomalibDataModule | None = None,
-        metric: Metric | None = None,
-        task: TaskType | None = None,
-        max_drop: float = 0.01,
-    ) -> Any:  # noqa: ANN401
-        """Compress the convolutions of an OpenVINO model; see ``ExportMixin``, which has the like for whole models.
-
-        anomalib calibrates on the validation images, which are test images for most data modules: here it is on the
-        training images. The metric of accuracy control is measured on the validation images.
-
-        Raises:
-            ModuleNotFoundError: If NNCF is not installed.
-            ValueError: If there is no data module although images are needed, or ``max_drop`` is outside 0..1.
-        """
-        if not module_available("nncf"):
-            msg = "Compression to INT8 needs NNCF: pip install 'anomalib-pedenet[openvino]'."
-            raise ModuleNotFoundError(msg, name="nncf")
-        from anomalib_pedenet import quantization
-
-        if compression_type == CompressionType.INT8:
-            return quantization.compress_weights(model)
-        if datamodule is None:
-            msg = (
-                f"{CompressionType(compression_type).name} needs images to calibrate on: pass the data module of the "
-                "training (--data on the command line)."
-            )
-            raise ValueError(msg)
-        if not 0 <= max_drop <= 1:
-            msg = f"max_drop must be between 0 and 1, got {max_drop}."
-            raise ValueError(msg)
-        datamodule.setup("fit")
-        loader = datamodule.train_dataloader()
-        chosen = _spread(len(loader.dataset), quantization.MAX_CALIBRATION_IMAGES)
-        images = _NormalImages(loader, None, torch.device("cpu"), chosen)
-        if compression_type == CompressionType.INT8_PTQ:
-            return quantization.quantize(model, images)
-        validation = datamodule.val_data
-        labelled = DataLoader(validation, batch_size=1, collate_fn=validation.collate_fn)
-        metric = metric or F1Score(fields=["pred_label", "gt_label"])
-        return quantization.quantize_with_accuracy_control(model, images, labelled, metric, max_drop)
-
-
-def _spread(count: int, limit: int) -> list[int]:
-    """Return at most ``limit`` positions, evenly spread over ``count``."""
-    return torch.linspace(0, count - 1, min(count, limit)).long().tolist()
-
-
-def _check_varied(images: torch.Tensor) -> None:
-    """Check that not every one of the images is of one colour, which makes all patches identical.
-
-    Raises:
-        ValueError: If they are.
-    """
-    largest = float((images.amax(dim=(2, 3)) - images.amin(dim=(2, 3))).max())
-    if largest < _LEAST_CONTRAST:
-        msg = (
-            f"Each of the {len(images)} training images that were examined is of one colour (largest contrast "
-            f"{largest:.2g} of about 4.5), so that all patches are identical and there is nothing to learn: look into "
-            "the folder of normal training images, and check the transforms."
-        )
-        raise ValueError(msg)
-
 
 def _uses_bfloat16(train_precision: TrainPrecision, device: torch.device) -> bool:
     """Return whether to train the networks under bfloat16 autocast."""
@@ -1116,86 +1074,3 @@ def _uses_bfloat16(train_precision: TrainPrecision, device: torch.device) -> boo
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 - there is no public name
-
-
-@dataclass(frozen=True)
-class _HeldBack:
-    """Training images that are held back.
-
-    Attributes:
-        trained_on (list[int]): Positions in the data set of all the others.
-        paths (frozenset[str]): Files of those held back.
-        normal (torch.Tensor): They themselves, pre-processed, ``[N, 3, H, W]``.
-    """
-
-    trained_on: list[int]
-    paths: frozenset[str]
-    normal: torch.Tensor
-
-    def trainable(self, batch: Batch) -> list[int]:
-        """Return the positions in a batch of the images that are not held back."""
-        return [position for position, path in enumerate(batch.image_path) if str(path) not in self.paths]
-
-
-class _NormalImages:
-    """The pre-processed training images, one by one and in order, on a device.
-
-    Args:
-        loader (DataLoader): The training loader.
-        pre_processor (PreProcessor | None): Pre-processor, whose transform is applied.
-        device (torch.device): Device of the images.
-        indices (Sequence[int]): Positions in the data set of the images to take.
-        with_augmentations (bool): Whether the data set's augmentations are applied. Defaults to ``False``.
-    """
-
-    def __init__(
-        self,
-        loader: DataLoader,
-        pre_processor: PreProcessor | None,
-        device: torch.device,
-        indices: Sequence[int],
-        with_augmentations: bool = False,
-    ) -> None:
-        dataset = copy.copy(loader.dataset)  # the training goes on with the loader's own
-        if hasattr(dataset, "augmentations") and not with_augmentations:
-            dataset.augmentations = None
-        self.loader = DataLoader(
-            Subset(dataset, indices),
-            batch_size=1,
-            collate_fn=loader.collate_fn,
-            generator=torch.Generator(),  # else each pass would draw a seed from the training's generator
-        )
-        self.transform = getattr(pre_processor, "transform", None)
-        self.device = device
-        self.paths: list[str] = []
-        """Files of the images that the latest iteration has yielded, as far as they are known."""
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def together(self) -> torch.Tensor:
-        """Return all of them, ``[N, 3, H, W]``.
-
-        Raises:
-            ValueError: If they differ in size; the message names two of them.
-        """
-        images = list(self)
-        sizes = [f"{image.shape[-2]}x{image.shape[-1]} px" for image in images]
-        for position, size in enumerate(sizes):
-            if size != sizes[0]:
-                first, other = (self.paths[index] if self.paths else f"image {index}" for index in (0, position))
-                msg = (
-                    f"Training images differ in size after pre-processing ({first} is {sizes[0]}, {other} {size}): use "
-                    "the default pre_processor, which resizes them to image_size, or bring them to one size."
-                )
-                raise ValueError(msg)
-        return torch.cat(images)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        self.paths = []
-        for batch in self.loader:
-            check_depth(batch)
-            check_finite(batch)
-            self.paths += [str(path) for path in getattr(batch, "image_path", None) or ()]
-            images = batch.image.to(self.device)
-            yield images if self.transform is None else self.transform(images)

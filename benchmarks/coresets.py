@@ -107,7 +107,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--embeddings", type=int, default=2_000_000, help="number of embeddings")
     parser.add_argument("--size", type=int, default=10_000, help="rows of the bank")
-    parser.add_argument("--builders", nargs="+", default=get_args(Coreset), choices=get_args(Coreset))
+    builders = [name for name in get_args(Coreset) if name != "auto"]  # which is one of the others
+    parser.add_argument("--builders", nargs="+", default=builders, choices=builders)
     parser.add_argument(
         "--limit", type=float, default=300.0, help="seconds of anomalib's KCenterGreedy; 0 leaves it out"
     )

@@ -110,6 +110,32 @@ def test_a_resumed_training_goes_on(datamodule: MVTecAD, tmp_path: Path) -> None
     assert_bank_is_that_of_the_weights(Path(resumed.best_model_path), datamodule)
 
 
+def test_a_long_training_at_chance_is_shortened_and_stays_so_when_resumed(
+    datamodule: MVTecAD, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = SMALL | {"scored_sizes": None, "max_steps": 24, "max_steps_at_chance": 9}
+    model = Pedenet(**options)
+    with caplog.at_level(logging.WARNING, logger="anomalib_pedenet"):
+        # The checkpoint of the first epoch, after which it has been decided, is the last that is saved.
+        engine = train(datamodule, tmp_path, model, ModelCheckpoint(tmp_path / "kept", save_top_k=-1))
+    assert engine.trainer.global_step == 9
+    assert "near chance after 6 steps: the training ends after 9 instead of 24" in caplog.text
+    schedule = engine.trainer.lr_scheduler_configs[0].scheduler
+    assert schedule.last_epoch == schedule.total_steps == 9  # so the rate fell to its end
+    first = min((tmp_path / "kept").iterdir(), key=lambda path: path.stat().st_mtime)
+    assert "step=6" in first.name
+    resumed = Engine(default_root_dir=tmp_path, enable_progress_bar=False)
+    resumed.fit(Pedenet(**options), datamodule=datamodule, ckpt_path=first)
+    assert resumed.trainer.global_step == 9
+
+
+@pytest.mark.parametrize("options", [{"max_steps_at_chance": None}, {"scored_sizes": [32]}, {"lambda_lpn": 0.0}])
+def test_other_trainings_have_their_length(datamodule: MVTecAD, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Without the limit, without mid-level patches, and without location prediction."""
+    model = Pedenet(**SMALL | {"scored_sizes": None, "max_steps": 12, "max_steps_at_chance": 6} | options)
+    assert train(datamodule, tmp_path, model).trainer.global_step == 12
+
+
 def test_augmentations_do_not_enter_the_bank(dataset_root: Path, datamodule: MVTecAD, tmp_path: Path) -> None:
     augmented = MVTecAD(
         root=dataset_root,

@@ -58,6 +58,7 @@ DEFAULTS = Path(__file__).parents[2] / "configs" / "model" / "pedenet.yaml"
         ({"lambda_syn": -1.0}, "lambda_syn must be at least 0"),
         ({"lambda_svdd": -1.0}, "lambda_svdd must be at least 0"),
         ({"steps_per_image": 0}, "steps_per_image must be at least 1, or None to choose it, got 0"),
+        ({"max_steps_at_chance": 0}, "max_steps_at_chance must be at least 1, or None for no such limit, got 0"),
         ({"seed": -1}, r"seed must be from 0 to 2\*\*32 - 1, or None .*, got -1"),
         ({"cache_gib": 0.0}, "cache_gib must be above 0"),
         (

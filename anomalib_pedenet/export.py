@@ -1,0 +1,99 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Exports of a trained model: anomalib's, with checks before any work is done, and INT8 of the convolutions alone."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib import TaskType
+from anomalib.data import AnomalibDataModule
+from anomalib.deploy import CompressionType
+from anomalib.metrics import F1Score
+from anomalib.models.components.base.export_mixin import ExportMixin
+from lightning_utilities.core.imports import module_available
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+from anomalib_pedenet.normal_images import NormalImages, spread
+from anomalib_pedenet.torch_model import PedenetModel
+
+
+class PedenetExportMixin(ExportMixin):
+    """What ``Pedenet`` does otherwise than anomalib's ``ExportMixin``.
+
+    Attributes:
+        model (PedenetModel): The torch model.
+    """
+
+    model: PedenetModel
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Export to PyTorch's format; see ``ExportMixin.to_torch``.
+
+        Raises:
+            RuntimeError: If there is no memory bank yet (the other formats find that out by running the model).
+        """
+        self.model.check_is_fitted()
+        return super().to_torch(export_root, model_file_name)
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - of the mixin
+        """Export to ONNX, on the way to OpenVINO too; see ``ExportMixin.to_onnx``.
+
+        Raises:
+            ValueError: If the scorer cannot be part of a graph.
+        """
+        for scorer in self.model.scorers.values():
+            if not scorer.exportable:
+                msg = (
+                    f"The scorer {self.model.scorer!r} searches outside the graph and cannot be exported to ONNX or "
+                    "OpenVINO: train with the scorer 'exact', or load the checkpoint with it and validate once."
+                )
+                raise ValueError(msg)
+        return super().to_onnx(*args, **kwargs)
+
+    def _compress_ov_model(
+        self,
+        model: Any,  # noqa: ANN401 - of OpenVINO, which is optional
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        metric: Metric | None = None,
+        task: TaskType | None = None,  # noqa: ARG002 - of the one it overrides
+        max_drop: float = 0.01,
+    ) -> Any:  # noqa: ANN401
+        """Compress the convolutions of an OpenVINO model; see ``ExportMixin``, which has the like for whole models.
+
+        anomalib calibrates on the validation images, which are test images for most data modules: here it is on the
+        training images. The metric of accuracy control is measured on the validation images.
+
+        Raises:
+            ModuleNotFoundError: If NNCF is not installed.
+            ValueError: If there is no data module although images are needed, or ``max_drop`` is outside 0..1.
+        """
+        if not module_available("nncf"):
+            msg = "Compression to INT8 needs NNCF: pip install 'anomalib-pedenet[openvino]'."
+            raise ModuleNotFoundError(msg, name="nncf")
+        from anomalib_pedenet import quantization
+
+        if compression_type == CompressionType.INT8:
+            return quantization.compress_weights(model)
+        if datamodule is None:
+            msg = (
+                f"{CompressionType(compression_type).name} needs images to calibrate on: pass the data module of the "
+                "training (--data on the command line)."
+            )
+            raise ValueError(msg)
+        if not 0 <= max_drop <= 1:
+            msg = f"max_drop must be between 0 and 1, got {max_drop}."
+            raise ValueError(msg)
+        datamodule.setup("fit")
+        loader = datamodule.train_dataloader()
+        chosen = spread(len(loader.dataset), quantization.MAX_CALIBRATION_IMAGES)
+        images = NormalImages(loader, None, torch.device("cpu"), chosen)
+        if compression_type == CompressionType.INT8_PTQ:
+            return quantization.quantize(model, images)
+        validation = datamodule.val_data
+        labelled = DataLoader(validation, batch_size=1, collate_fn=validation.collate_fn)
+        metric = metric or F1Score(fields=["pred_label", "gt_label"])
+        return quantization.quantize_with_accuracy_control(model, images, labelled, metric, max_drop)
