@@ -14,12 +14,13 @@ ROOT ?=
 IMAGE_SIZE ?= 256,256
 CURVE ?=
 RESULTS ?= runs/reproduce
+PIP ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv test test-all lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency reproduce results clean
+.PHONY: help setup venv test test-all test-latest test-oldest lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency reproduce results clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +29,9 @@ setup: $(STAMP) ## Create .venv with the package and the tested versions of what
 
 venv: setup ## The same as setup
 
+# A thread for each process: two processes of two threads on two cores take several times as long.
+test test-all test-latest test-oldest: export OMP_NUM_THREADS ?= 1
+
 # The stamp is written last, so an interrupted installation is taken up again.
 $(STAMP): pyproject.toml constraints.txt $(wildcard startup/*)
 	$(PYTHON) -m venv $(VENV)
@@ -35,10 +39,20 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard startup/*)
 	touch $@
 
 test: lint ## Lint, check types and run the tests (WORKERS=... sets the processes)
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-all: lint ## The same with the slow tests: killed trainings, several devices (half an hour)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow"
+
+test-latest: ## Run the tests with the newest releases of everything, in .venv-latest (PYTHON=..., PIP="--pre" for previews)
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --upgrade --upgrade-strategy eager $(PIP) -e '.[dev]'
+	.venv-latest/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-oldest: ## Run the tests with the oldest supported releases, in .venv-oldest (PYTHON=python3.10)
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -e '.[dev]' -c constraints-oldest.txt
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .
