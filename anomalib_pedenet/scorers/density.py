@@ -164,7 +164,8 @@ class MahalanobisScorer(Scorer):
         mean_square = torch.einsum("pyz,pzx,pyx->p", whitening, covariances, whitening).mean()
         grid = self._grid or (0, 0)
         self.means = means.unflatten(0, grid).to(self.typical_score)
-        self.whitening = whitening.unflatten(0, grid).to(self.typical_score)
+        # Contiguous as a checkpoint's: of another layout products differ in the last bit on some processors.
+        self.whitening = whitening.unflatten(0, grid).to(self.typical_score).contiguous()
         self._reset()
         return mean_square.clamp(min=0).sqrt()
 
