@@ -33,7 +33,7 @@ def load_torch(path: Path, threads: int, *, compiled: bool = False, device: str 
     import torch
 
     torch.set_num_threads(threads)
-    torch._dynamo.config.recompile_limit = 64  # noqa: SLF001 - of one forward method, which all of anomalib's models share
+    torch._dynamo.config.cache_size_limit = 64  # noqa: SLF001 - of one forward, which all of anomalib's models share
     model = torch.load(path, map_location=device, weights_only=False)["model"].eval()
     call = torch.compile(model, dynamic=False) if compiled else model
 
