@@ -18,6 +18,7 @@ PIP ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup venv test test-all test-latest test-oldest lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency reproduce results clean
@@ -39,20 +40,20 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard startup/*)
 	touch $@
 
 test: lint ## Lint, check types and run the tests (WORKERS=... sets the processes)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python $(PYTEST)
 
 test-all: lint ## The same with the slow tests: killed trainings, several devices (half an hour)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow"
+	$(BIN)/python $(PYTEST) -m "slow or not slow"
 
 test-latest: ## Run the tests with the newest releases of everything, in .venv-latest (PYTHON=..., PIP="--pre" for previews)
 	$(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install --upgrade --upgrade-strategy eager $(PIP) -e '.[dev]'
-	.venv-latest/bin/python -m pytest -n $(WORKERS) --dist worksteal
+	.venv-latest/bin/python $(PYTEST)
 
 test-oldest: ## Run the tests with the oldest supported releases, in .venv-oldest (PYTHON=python3.10)
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -e '.[dev]' -c constraints-oldest.txt
-	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal
+	.venv-oldest/bin/python $(PYTEST)
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .

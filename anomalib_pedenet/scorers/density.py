@@ -164,8 +164,7 @@ class MahalanobisScorer(Scorer):
         mean_square = torch.einsum("pyz,pzx,pyx->p", whitening, covariances, whitening).mean()
         grid = self._grid or (0, 0)
         self.means = means.unflatten(0, grid).to(self.typical_score)
-        # Contiguous as a checkpoint's: of another layout products differ in the last bit on some processors.
-        self.whitening = whitening.unflatten(0, grid).to(self.typical_score).contiguous()
+        self.whitening = whitening.unflatten(0, grid).to(self.typical_score)
         self._reset()
         return mean_square.clamp(min=0).sqrt()
 
@@ -227,4 +226,5 @@ def _whiten(covariances: torch.Tensor, jitter: float) -> torch.Tensor:
     """Return ``W`` with ``W (Sigma + jitter) W^T = 1``, lower triangular, for covariances ``[G, Z, Z]``."""
     eye = torch.eye(covariances.shape[-1], dtype=covariances.dtype, device=covariances.device)
     factor = torch.linalg.cholesky(covariances + jitter * eye)
-    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    # Contiguous as a checkpoint's: of another layout products differ in the last bit on some processors.
+    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).contiguous()
