@@ -4,9 +4,10 @@
 """Train and test every method on every category with every seed, and write tables and figures beside published ones.
 
 Each run that is finished leaves a file ``<output>/runs/<run>.json``, and some of its maps and embeddings. A run whose
-file is there with the same settings is not repeated, so that no more than one run is lost when the command is killed.
-At the end ``results.csv`` has a row for each run, and :mod:`report` renders the rest. With ``--curve`` trainings are
-validated after each epoch, and AUROC by then is noted with the seconds spent on training and memory banks.
+file is there with the same settings is not repeated, so that no more than one run is lost when the command is killed;
+with ``--checkpoints`` its model is kept, too. At the end ``results.csv`` has a row for each run, and :mod:`report`
+renders the rest. With ``--curve`` trainings are validated after each epoch, and AUROC by then is noted with the seconds
+spent on training and memory banks.
 
 anomalib's runners schedule the runs: one after the other on a CPU, one for each GPU with ``--accelerator cuda``.
 
@@ -187,7 +188,7 @@ class ReproduceJob(Job):
     Args:
         key (dict[str, Any]): Category, method, seed, table and fingerprint of the settings: what names the run.
         options (dict[str, Any]): ``method`` (its entry in the file of methods), ``data``, ``data_file`` (its
-            name), ``image_size``, ``accelerator``, ``curve`` and ``output``.
+            name), ``image_size``, ``accelerator``, ``curve``, ``checkpoints`` and ``output``.
     """
 
     name = "reproduce"
@@ -283,6 +284,8 @@ class ReproduceJob(Job):
             engine.fit(model, datamodule=datamodule)
             seconds = time.monotonic() - start - curve.paused
             engine.validate(model, datamodule=datamodule, verbose=False)
+            if self.options["checkpoints"]:
+                engine.trainer.save_checkpoint(file.with_name(f"{file.name}.ckpt"))
             metrics = dict(engine.test(model, datamodule=datamodule, verbose=False)[0])
             keep_maps(engine, model, datamodule, file.with_name(f"{file.name}.npz"))
         return model, {
@@ -337,6 +340,7 @@ class ReproduceJobGenerator(JobGenerator):
                 "image_size": entry.get("image_size", args["image_size"]),
                 "accelerator": args["accelerator"],
                 "curve": args["curve"],
+                "checkpoints": args["checkpoints"],
                 "output": str(args["output"]),
             }
             what = [arguments_of(entry["model"]), data["class_path"], options["image_size"]]
@@ -379,6 +383,9 @@ def main() -> None:
         "--image_size", type=lambda text: [int(side) for side in names(text)], default=[256, 256], help="height,width"
     )
     parser.add_argument("--curve", action="store_true", help="validate after each epoch, for AUROC by time")
+    parser.add_argument(
+        "--checkpoints", action="store_true", help="keep the checkpoint of each training beside its row"
+    )
     parser.add_argument("--accelerator", default="cpu", help="cpu, or cuda for one run on each GPU")
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce"))
     options = parser.parse_args()

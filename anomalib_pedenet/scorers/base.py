@@ -155,6 +155,9 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
         del embeddings, scores
         return None
 
+    def round_to_half(self) -> None:
+        """Arrange what was fitted so that half precision keeps it well; here, where that needs nothing, do nothing."""
+
     def _check_shape(self, embeddings: torch.Tensor) -> None:
         """Check the shape of embeddings.
 

@@ -10,7 +10,7 @@ import torch
 
 from anomalib_pedenet.scorers.base import Scorer
 from anomalib_pedenet.scorers.coreset import UniformSubset
-from anomalib_pedenet.scorers.nearest_neighbor import append_norms, append_ones, to_distances
+from anomalib_pedenet.scorers.nearest_neighbor import append_norms, append_norms_in_half, append_ones, to_distances
 
 
 class LocalNearestNeighborScorer(Scorer):
@@ -57,7 +57,7 @@ class LocalNearestNeighborScorer(Scorer):
     @property
     def bank(self) -> torch.Tensor:
         """The normal embeddings by place, ``[h, w, N, Z]``, relative to their mean."""
-        return self.rows[..., :-1]
+        return self.rows[..., : self.embedding_dim]
 
     def _reset(self) -> None:
         self._images = UniformSubset(self.max_images, self.seed)
@@ -71,6 +71,12 @@ class LocalNearestNeighborScorer(Scorer):
         self.mean = grids.mean(dim=(0, 1, 2))
         self.rows = append_norms((grids - self.mean).permute(1, 2, 0, 3).contiguous())
         return self._typical_score()
+
+    def round_to_half(self) -> None:
+        """Round the embeddings to half precision, so that float16 keeps them, and their distances, as they are."""
+        rows = self.bank + self.mean
+        self.mean = self.mean.half().to(self.mean.dtype)
+        self.rows = append_norms_in_half(rows - self.mean)
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return each embedding's distance to the nearest normal one of its place.
@@ -86,16 +92,17 @@ class LocalNearestNeighborScorer(Scorer):
         """
         self._check_places(embeddings, self.rows)
         with torch.autocast(embeddings.device.type, enabled=False):
-            queries = append_ones((embeddings.to(self.rows.dtype) - self.mean).permute(1, 2, 0, 3))  # [h, w, B, Z + 1]
+            queries = (embeddings.to(self.rows.dtype) - self.mean).permute(1, 2, 0, 3)  # [h, w, B, Z]
             return to_distances(queries, self._nearest(queries, self.rows)).permute(2, 0, 1)
 
     def _nearest(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Return ``max_b (q.b - |b|^2 / 2)``, ``[h, w, B]``, over the normal patches near each place.
 
         Args:
-            queries (torch.Tensor): Queries ``[h, w, B, Z + 1]``.
+            queries (torch.Tensor): Queries ``[h, w, B, Z]``, relative to the mean.
             rows (torch.Tensor): Rows ``[h, w, N, Z + 1]`` to compare with.
         """
+        queries = append_ones(queries, rows.shape[-1] - self.embedding_dim)
         best = (queries @ rows.transpose(-1, -2)).amax(dim=-1)
         height, width = rows.shape[:2]
         down, right = min(self.radius, height - 1), min(self.radius, width - 1)
@@ -118,7 +125,7 @@ class LocalNearestNeighborScorer(Scorer):
         scores = []
         for image in torch.linspace(0, num_images - 1, min(num_images, 8)).long().tolist():
             others = torch.arange(num_images, device=self.rows.device) != image
-            queries = append_ones(self.bank[:, :, image : image + 1])
+            queries = self.bank[:, :, image : image + 1]
             scores.append(to_distances(queries, self._nearest(queries, self.rows[:, :, others])).mean())
         return torch.stack(scores).mean()
 

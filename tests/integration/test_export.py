@@ -21,7 +21,8 @@ from anomalib_pedenet import Pedenet
 def trained(dataset_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Path]:
     root = tmp_path_factory.mktemp("results")
     datamodule = MVTecAD(root=dataset_root, category="stripes", train_batch_size=3, num_workers=0)
-    model = Pedenet(image_size=(144, 160), max_steps=6, steps_per_image=1, crops_per_step=1)
+    # With a weight of the position, squares in the memory bank are hundreds: the hard case of low precision.
+    model = Pedenet(image_size=(144, 160), max_steps=6, steps_per_image=1, crops_per_step=1, position_weight=32.0)
     engine = Engine(default_root_dir=root, enable_progress_bar=False)
     engine.fit(model, datamodule=datamodule)
     return engine, Path(engine.best_model_path)
@@ -109,6 +110,22 @@ def test_compressed_models_rank_as_the_whole_one(
         assert np.corrcoef(output["anomaly_map"].ravel(), expected["anomaly_map"].ravel())[0, 1] ** 2 > 0.9
     assert good["pred_score"] < defective["pred_score"]
     assert outputs[0]["pred_score"] < outputs[1]["pred_score"]
+
+
+def test_half_precision_keeps_the_map(
+    openvino_predictions: dict[str, tuple[openvino.Model, list[dict[str, np.ndarray]]]],
+) -> None:
+    for whole, half in zip(openvino_predictions["none"][1], openvino_predictions["fp16"][1], strict=True):
+        expected = whole["anomaly_map"]
+        np.testing.assert_allclose(half["anomaly_map"], expected, rtol=0, atol=0.02 * np.ptp(expected))
+
+
+def test_an_export_in_half_precision_leaves_the_model_as_it_was(trained: tuple[Engine, Path], tmp_path: Path) -> None:
+    model = Pedenet.load_from_checkpoint(trained[1])
+    before = {name: value.clone() for name, value in model.model.scorers.state_dict().items()}
+    model.to_openvino(tmp_path, input_size=(144, 160), compression_type=CompressionType.FP16)
+    for name, value in model.model.scorers.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
 def test_only_the_inner_convolutions_are_quantized(

@@ -138,6 +138,7 @@ def test_a_run_without_a_curve_is_repeated_if_one_is_asked_for(
         "accelerator": "cpu",
         "image_size": [144, 160],
         "seeds": [0],
+        "checkpoints": False,
         **dict.fromkeys(("methods", "categories", "root")),
     }
 

@@ -107,6 +107,24 @@ def test_moving_between_types_and_devices_keeps_a_scorer_usable(name: str) -> No
 
 
 @every
+def test_half_precision_keeps_what_was_arranged_for_it(name: str) -> None:
+    """With the last two dimensions as wide as weighted positions, whose squares are hundreds."""
+
+    def placed(grids: torch.Tensor) -> torch.Tensor:
+        rows, columns = torch.meshgrid(torch.arange(5), torch.arange(6), indexing="ij")
+        return torch.cat([grids[..., :-2], torch.stack([rows, columns], dim=-1).expand(len(grids), -1, -1, -1) * 6], -1)
+
+    scorer, queries = fitted(name, placed(normal())), placed(normal(3))
+    expected = scorer(queries)
+    scorer.round_to_half()
+    torch.testing.assert_close(scorer(queries), expected, rtol=1e-3, atol=1e-3)
+    for buffer in scorer.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(buffer.half())
+    torch.testing.assert_close(scorer(queries), expected, rtol=1e-3, atol=1e-3)
+
+
+@every
 def test_a_fit_that_breaks_off_loses_nothing(name: str) -> None:
     grids, queries = normal(), normal(2)
     scorer = fitted(name, grids)
