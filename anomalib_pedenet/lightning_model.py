@@ -979,6 +979,8 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
                     "hyper-parameters from the checkpoint."
                 )
                 raise ValueError(msg)
+        # The constants of metrics, such as AUPRO's limit, are not a model's: others may measure it than trained it.
+        self._replace_state(checkpoint, "evaluator.")
         self._take_scorer(checkpoint)
         self._loaded_training = checkpoint.get(_TRAINING)
         self._origin = checkpoint.get(_ORIGIN)
@@ -993,9 +995,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             self._scorer = theirs
             self.model.set_scorer(theirs)
             return
-        ours = {name: value for name, value in self.state_dict().items() if name.startswith(_SCORER_STATE)}
-        kept = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(_SCORER_STATE)}
-        checkpoint["state_dict"] = kept | ours
+        self._replace_state(checkpoint, _SCORER_STATE)
         self._is_bank_stale = True
         logger.warning(
             "The checkpoint was saved with the scorer %r, and this model has %r: its memory bank is built anew from "
@@ -1003,6 +1003,12 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             theirs,
             self._scorer,
         )
+
+    def _replace_state(self, checkpoint: dict[str, Any], prefix: str) -> None:
+        """Put this model's own state in place of a checkpoint's, where names begin with ``prefix``."""
+        ours = {name: value for name, value in self.state_dict().items() if name.startswith(prefix)}
+        kept = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(prefix)}
+        checkpoint["state_dict"] = kept | ours
 
     @classmethod
     def load_from_checkpoint(

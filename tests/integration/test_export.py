@@ -12,6 +12,7 @@ import torch
 from anomalib.data import MVTecAD
 from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
+from anomalib.metrics import AUPRO, Evaluator
 from torchvision.io import read_image
 
 from anomalib_pedenet import Pedenet
@@ -70,6 +71,22 @@ def test_test_from_the_checkpoint_equals_the_fitted_model(trained: tuple[Engine,
 def test_checkpoint_is_plain_data(trained: tuple[Engine, Path]) -> None:
     checkpoint = torch.load(trained[1], weights_only=True)
     assert checkpoint["hyper_parameters"]["max_steps"] == 6
+
+
+def test_a_checkpoint_is_measured_by_other_metrics(
+    trained: tuple[Engine, Path], datamodule: MVTecAD, tmp_path: Path
+) -> None:
+    """AUPRO has its limit in the state."""
+    metrics = [AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", fpr_limit=limit) for limit in (0.3, 0.1)]
+    engine = Engine(default_root_dir=tmp_path, enable_progress_bar=False)
+    results = []
+    for metric in metrics:
+        model = Pedenet(image_size=(144, 160), evaluator=Evaluator(test_metrics=[metric]))
+        (result,) = engine.test(model, datamodule=datamodule, ckpt_path=trained[1])
+        results.append(result["pixel_AUPRO"])
+        engine.trainer.save_checkpoint(tmp_path / "kept.ckpt")
+        assert Pedenet.load_from_checkpoint(tmp_path / "kept.ckpt").model.is_fitted
+    assert results[0] != results[1]
 
 
 @pytest.fixture(scope="module")
