@@ -15,6 +15,7 @@ Reference:
     J. Yi, S. Yoon, "Patch SVDD", ACCV 2020, https://arxiv.org/abs/2006.16067.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -177,21 +178,24 @@ class PatchEmbeddingNetwork(nn.Module):
         step = stride // BASE_STRIDE
         image_size = (images.shape[-2], images.shape[-1])
         grid_size(image_size, max(patch_sizes), stride)  # refuses images smaller than a patch
-        features = self._encode(images, patch_sizes)  # [B, ., ., .] at stride 2
+        # Sub-patches are embedded only where one is needed; those of a 64-px patch lie 16 steps apart.
+        apart = SUB_PATCH_SIZE // BASE_STRIDE
+        sub_step = math.gcd(step, apart) if PATCH_SIZE in patch_sizes else step
+        features = self._encode(images, patch_sizes, sub_step)  # [B, ., ., .], mid-level ones at stride 2
 
         embeddings: dict[int, torch.Tensor] = {}
         for size in patch_sizes:
             if size in MID_LEVEL_SIZES:
                 grid = F.avg_pool2d(features[size], kernel_size=3, stride=step)
             elif size == SUB_PATCH_SIZE:
-                grid = features[SUB_PATCH_SIZE][..., ::step, ::step]
+                grid = features[SUB_PATCH_SIZE][..., :: step // sub_step, :: step // sub_step]
             else:
                 joined = F.conv2d(
                     features[SUB_PATCH_SIZE],
                     self.large_encoder[0].weight,
                     self.large_encoder[0].bias,
-                    stride=step,
-                    dilation=SUB_PATCH_SIZE // BASE_STRIDE,
+                    stride=step // sub_step,
+                    dilation=apart // sub_step,
                 )
                 grid = self.large_encoder[1:](joined)
             # Receptive fields are 1 px narrower than patches, so an odd image side yields one position too many.
@@ -199,23 +203,27 @@ class PatchEmbeddingNetwork(nn.Module):
             embeddings[size] = grid[..., :rows, :columns]
         return embeddings
 
-    def _encode(self, images: torch.Tensor, patch_sizes: Sequence[int]) -> dict[int, torch.Tensor]:
-        """Run the small encoder as far as patch sizes need it, and return what they are made of, at stride 2.
+    def _encode(self, images: torch.Tensor, patch_sizes: Sequence[int], sub_step: int = 1) -> dict[int, torch.Tensor]:
+        """Run the small encoder as far as patch sizes need it, and return what they are made of.
 
         Args:
             images (torch.Tensor): ``[B, C, H, W]`` images or patches.
             patch_sizes (Sequence[int]): Patch sizes.
+            sub_step (int): Distance between neighbouring sub-patches in steps of 2 px. Defaults to ``1``.
 
         Returns:
-            dict[int, torch.Tensor]: The features of each mid-level size, before their mean over 3x3 positions; and the
-                sub-patches' embeddings, if another size is asked for.
+            dict[int, torch.Tensor]: The features of each mid-level size at stride 2, before their mean over 3x3
+                positions; and the sub-patches' embeddings, if another size is asked for.
         """
         depths = {_mid_level_depth(size): size for size in patch_sizes if size in MID_LEVEL_SIZES}
         is_whole = any(size not in MID_LEVEL_SIZES for size in patch_sizes)
         outputs: dict[int, torch.Tensor] = {}
         features, depth = images, 0
         for layer in self.small_encoder:
-            features = layer(features)
+            if depth == len(self.small_channels) - 1 and isinstance(layer, nn.Conv2d):
+                features = F.conv2d(features, layer.weight, layer.bias, stride=sub_step)
+            else:
+                features = layer(features)
             if isinstance(layer, nn.LeakyReLU):
                 depth += 1
                 if depth in depths:
