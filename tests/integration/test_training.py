@@ -7,14 +7,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
-from anomalib.data import MVTecAD
+from anomalib.data import Folder, MVTecAD
 from anomalib.engine import Engine
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_pedenet import Pedenet, PedenetModel
@@ -127,6 +129,23 @@ def test_a_long_training_at_chance_is_shortened_and_stays_so_when_resumed(
     resumed = Engine(default_root_dir=tmp_path, enable_progress_bar=False)
     resumed.fit(Pedenet(**options), datamodule=datamodule, ckpt_path=first)
     assert resumed.trainer.global_step == 9
+
+
+def test_a_long_training_that_has_learned_keeps_its_length(tmp_path: Path) -> None:
+    """On ramps of colour every patch tells its place, so that location prediction is right after a few steps."""
+    ramps = np.stack(np.meshgrid(np.linspace(0, 255, 112), np.linspace(0, 255, 128), indexing="ij"), axis=-1)
+    (tmp_path / "good").mkdir()
+    for index in range(4):
+        colors = np.concatenate([ramps, np.full((112, 128, 1), 100 + 10 * index)], axis=-1)
+        Image.fromarray(colors.astype(np.uint8)).save(tmp_path / "good" / f"{index}.png")
+    datamodule = Folder(
+        "ramps", "good", tmp_path, train_batch_size=2, num_workers=0, test_split_mode="synthetic", test_split_ratio=0.5
+    )
+    options = {"patch_sizes": [32], "crop_size": 64, "color_shift": 0.0, "noise": 0.0, "learning_rate": 2e-3}
+    limits = {"scored_sizes": None, "max_steps": 24, "max_steps_at_chance": 12}
+    model = Pedenet(**SMALL | options | limits | {"image_size": (112, 128), "lambda_syn": 0.0})
+    engine = train(datamodule, tmp_path, model, limit_val_batches=0)
+    assert engine.trainer.global_step == 24
 
 
 @pytest.mark.parametrize("options", [{"max_steps_at_chance": None}, {"scored_sizes": [32]}, {"lambda_lpn": 0.0}])
