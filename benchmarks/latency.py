@@ -620,7 +620,9 @@ def plot_strides(rows: pd.DataFrame, axes: Axes) -> None:
     axes.set_xticks(strides, [f"{stride:.0f}" for stride in strides])
     axes.set(title="Pedenet", xlabel="stride, pixels")
     if accuracy is not None:
-        accuracy.set_ylabel("pixel AUROC (dotted)")
+        # Up to 1, with as much below the lowest as above: what differs by a thousandth looks as small as it is.
+        lowest = rows["pixel_AUROC"].min()
+        accuracy.set(ylabel="pixel AUROC (dotted)", ylim=(2 * lowest - 1, 1))
     axes.legend(loc="upper left", bbox_to_anchor=(1.22 if accuracy is not None else 1.02, 1), fontsize=8)
 
 
