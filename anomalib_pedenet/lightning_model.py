@@ -291,7 +291,6 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         )
         validate(self.hparams)
 
-        self._scorer: str | dict[str, Any] = scorer or _SCORER_NAME
         # The program's own generator is left alone: a checkpoint that is loaded must not seed it.
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
@@ -301,7 +300,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
                 scored_sizes=scored_sizes,
                 stride=stride,
                 combination=combination,
-                scorer=self._scorer,
+                scorer=scorer or _SCORER_NAME,
                 bank_size=bank_size,
                 coreset=coreset,
                 embedding_dim=embedding_dim,
@@ -937,7 +936,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             checkpoint (dict[str, Any]): Checkpoint with the already collected ``state_dict``.
         """
         super().on_save_checkpoint(checkpoint)
-        checkpoint[_SCORER] = self._scorer
+        checkpoint[_SCORER] = self.model.scorer
         if self._is_bank_stale:
             self.fit()
             bank = {name: value for name, value in self.state_dict().items() if name.startswith(_FITTED)}
@@ -989,10 +988,9 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
     def _take_scorer(self, checkpoint: dict[str, Any]) -> None:
         """Take the scorer of a checkpoint; or, if another one was asked for, only its networks."""
         theirs = checkpoint.get(_SCORER, _SCORER_NAME)
-        if theirs == self._scorer:
+        if theirs == self.model.scorer:
             return
         if self.hparams.scorer is None:
-            self._scorer = theirs
             self.model.set_scorer(theirs)
             return
         self._replace_state(checkpoint, _SCORER_STATE)
@@ -1001,7 +999,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             "The checkpoint was saved with the scorer %r, and this model has %r: its memory bank is built anew from "
             "the training images. Thresholds are the other scorer's until the next validation.",
             theirs,
-            self._scorer,
+            self.model.scorer,
         )
 
     def _replace_state(self, checkpoint: dict[str, Any], prefix: str) -> None:

@@ -182,6 +182,13 @@ def embeddings_of(model: Pedenet, images: torch.Tensor, masks: torch.Tensor) -> 
     }
 
 
+def sized(kind: type[AnomalibModule], image_size: Sequence[int]) -> dict[str, Any]:
+    """Return the arguments with which a model takes images of a size, and keeps it in its checkpoints if it can."""
+    if "image_size" in inspect.signature(kind).parameters:
+        return {"image_size": tuple(image_size)}
+    return {"pre_processor": kind.configure_pre_processor(tuple(image_size))}
+
+
 class ReproduceJob(Job):
     """One training and test.
 
@@ -253,7 +260,7 @@ class ReproduceJob(Job):
         ]
         model: AnomalibModule = kind(
             **method["model"].get("init_args", {}),
-            pre_processor=kind.configure_pre_processor(tuple(self.options["image_size"])),
+            **sized(kind, self.options["image_size"]),
             evaluator=Evaluator(
                 val_metrics if self.options["curve"] else [],
                 [

@@ -87,7 +87,7 @@ def pictures(page: Path) -> list[str]:
 
 
 def test_tables_and_figures_of_all_methods(dataset_root: Path, tmp_path: Path, report: ModuleType) -> None:
-    arguments = command(dataset_root, tmp_path, METHODS, "--curve")
+    arguments = command(dataset_root, tmp_path, METHODS, "--curve", "--checkpoints")
     subprocess.run(arguments, check=True, capture_output=True, env=environment())
     out = tmp_path / "out"
     rows = pd.read_csv(out / "results.csv").set_index("method")
@@ -107,6 +107,10 @@ def test_tables_and_figures_of_all_methods(dataset_root: Path, tmp_path: Path, r
     assert curve[-1]["step"] == TINY["max_steps"]
     assert curve[-1]["val_pixel_AUROC"] == pytest.approx(rows.loc["Pedenet", "pixel_AUROC"], abs=1e-4)
     assert 0 < curve[-1]["seconds"] <= rows.loc["Pedenet", "train_seconds"] + 0.1
+
+    kept = Pedenet.load_from_checkpoint(out / "runs" / "stripes-Pedenet-0.ckpt")
+    assert kept.model.is_fitted
+    assert tuple(kept.hparams.image_size) == (144, 160)
 
     text = (out / "results.md").read_text(encoding="utf-8")
     assert f"| stripes | {rows.loc['Pedenet', 'pixel_AUROC']:.3f} |" in text
