@@ -37,12 +37,13 @@ from train import append, make_datamodule
 
 from anomalib_pedenet.anomaly_map import Combination, combine_maps, scores_to_map
 from anomalib_pedenet.criterion import draw_test_defects
-from anomalib_pedenet.patches import BASE_STRIDE, MID_LEVEL_SIZES
+from anomalib_pedenet.patches import MID_LEVEL_SIZES
 from anomalib_pedenet.position import WEIGHTS, PositionEncoding, choose_weight, measure_alignment
 from anomalib_pedenet.projection import PrincipalProjection
 from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
 
 _ALL_ROWS = 10_000_000
+_ALIGNMENT_STRIDE = 8
 
 
 class Way(NamedTuple):
@@ -119,69 +120,102 @@ SCORER_WAYS = {
 
 
 class Embedded(NamedTuple):
-    """Images as embeddings at the finest stride, with what is true of them.
+    """Images as embeddings, with what is true of them.
 
     Attributes:
+        stride (int): Distance between neighbouring embeddings in pixels.
         grids (list[dict[int, torch.Tensor]]): For each image and scale, ``[1, Z, h, w]``, float16.
         masks (torch.Tensor): True defects, ``[N, H, W]``.
         labels (torch.Tensor): Which images are defective, ``[N]``.
     """
 
+    stride: int
     grids: list[dict[int, torch.Tensor]]
     masks: torch.Tensor
     labels: torch.Tensor
 
 
-Projections = dict[int, PrincipalProjection]
+class Embedder(NamedTuple):
+    """What turns images into embeddings.
+
+    Attributes:
+        model (Pedenet): Trained model.
+        projections (dict[int, PrincipalProjection | None]): Of the sizes to embed; ``None`` for those trained.
+        stride (int): Distance between neighbouring embeddings in pixels.
+    """
+
+    model: Pedenet
+    projections: dict[int, PrincipalProjection | None]
+    stride: int
 
 
 @torch.no_grad()
-def fit_projections(model: Pedenet, images: torch.Tensor) -> Projections:
-    """Fit the projections of all mid-level sizes on pre-processed normal images ``[N, 3, H, W]``."""
+def make_embedder(model: Pedenet, images: torch.Tensor, ways: Iterable[Way]) -> Embedder:
+    """Make what embeds images as finely and at the sizes that ways need.
+
+    Args:
+        model (Pedenet): Trained model.
+        images (torch.Tensor): Pre-processed normal images ``[N, 3, H, W]``, to fit the projections on.
+        ways (Iterable[Way]): Ways.
+
+    Returns:
+        Embedder: With projections of mid-level sizes.
+    """
     network = model.model.embedding_network
-    projections = {}
-    for size in MID_LEVEL_SIZES:
+    ways = list(ways)
+    sizes = set(chain.from_iterable(way.sizes or model.model.scale_shares for way in ways))
+    projections: dict[int, PrincipalProjection | None] = {}
+    for size in sorted(sizes):
+        if size not in MID_LEVEL_SIZES:
+            projections[size] = None
+            continue
         channels = network.mid_level_channels(size)
-        projections[size] = PrincipalProjection(channels, min(channels, model.model.embedding_dim))
+        projection = PrincipalProjection(channels, min(channels, model.model.embedding_dim))
         grids = [network.embed_dense(image, 8, [size])[size] for image in model.model.standardize(images).split(1)]
-        projections[size].fit(torch.cat(grids))
-    return projections
+        projection.fit(torch.cat(grids))
+        projections[size] = projection
+    strides = chain.from_iterable((way.stride, way.bank_stride) for way in ways)
+    return Embedder(model, projections, math.gcd(_ALIGNMENT_STRIDE, *strides))
 
 
 @torch.no_grad()
-def embed(model: Pedenet, projections: Projections, images: torch.Tensor, masks: torch.Tensor) -> Embedded:
+def embed(embedder: Embedder, images: torch.Tensor, masks: torch.Tensor) -> Embedded:
     """Embed pre-processed images ``[N, 3, H, W]`` with masks ``[N, H, W]``, empty where there is no defect."""
     grids = []
-    sizes = (*projections, *model.model.patch_sizes)
-    for image in model.model.standardize(images).split(1):
-        embedded = model.model.embedding_network.embed_dense(image, BASE_STRIDE, sizes)
-        projected = {size: projection(embedded[size]) for size, projection in projections.items()}
-        grids.append({size: grid.half() for size, grid in (embedded | projected).items()})
-    return Embedded(grids, masks, masks.flatten(1).any(dim=1))
+    model = embedder.model.model
+    for image in model.standardize(images).split(1):
+        embedded = model.embedding_network.embed_dense(image, embedder.stride, list(embedder.projections))
+        grids.append(
+            {
+                size: (embedded[size] if projection is None else projection(embedded[size])).half()
+                for size, projection in embedder.projections.items()
+            }
+        )
+    return Embedded(embedder.stride, grids, masks, masks.flatten(1).any(dim=1))
 
 
-def embed_all(model: Pedenet, projections: Projections, batches: Iterable[Batch]) -> Embedded:
+def embed_all(embedder: Embedder, batches: Iterable[Batch]) -> Embedded:
     """Embed all images of a loader."""
     parts = []
     for batch in batches:
-        images = model.pre_processor.transform(batch.image)
+        images = embedder.model.pre_processor.transform(batch.image)
         masks = torch.zeros(len(images), 1, *images.shape[-2:])
         if batch.gt_mask is not None:
             masks = batch.gt_mask.reshape(len(images), 1, *batch.gt_mask.shape[-2:]).float()
             masks = torch.nn.functional.interpolate(masks, images.shape[-2:], mode="nearest")
-        parts.append(embed(model, projections, images, masks[:, 0].bool()))
+        parts.append(embed(embedder, images, masks[:, 0].bool()))
     return join(parts)
 
 
 def join(parts: Sequence[Embedded]) -> Embedded:
     """Join several sets of images."""
-    grids, masks, labels = zip(*parts, strict=True)
-    return Embedded(list(chain.from_iterable(grids)), torch.cat(masks), torch.cat(labels))
+    strides, grids, masks, labels = zip(*parts, strict=True)
+    return Embedded(strides[0], list(chain.from_iterable(grids)), torch.cat(masks), torch.cat(labels))
 
 
 def at_stride(images: Embedded, size: int, stride: int) -> Iterator[torch.Tensor]:
     """Yield each image's embeddings of one scale at a coarser stride, ``[1, Z, h, w]``, float32."""
-    step = stride // BASE_STRIDE
+    step = stride // images.stride
     for grids in images.grids:
         yield grids[size][..., ::step, ::step].float()
 
@@ -236,7 +270,7 @@ def fit(way: Way, model: Pedenet, normal: Embedded) -> Fitted:
         fitted.encodings[size] = PositionEncoding(weight or 0.0)
         fitted.scorers[size] = make_scorer(
             way.scorer,
-            embedding_dim=next(at_stride(normal, size, 32)).shape[1] + 2 * kind.encodes_position,
+            embedding_dim=normal.grids[0][size].shape[1] + 2 * kind.encodes_position,
             bank_size=way.bank_size,
             coreset=way.coreset,
             density_network=model.model.density_networks[str(size)] if size in model.model.patch_sizes else None,
@@ -289,8 +323,10 @@ def measure(way: Way, maps: torch.Tensor, weights: torch.Tensor, images: Embedde
     }
 
 
-def train(options: argparse.Namespace, seed: int) -> tuple[Pedenet, Embedded, dict[str, Embedded]]:
-    """Train, or load a trained model.
+def train(
+    options: argparse.Namespace, seed: int, ways: dict[str, Way]
+) -> tuple[Pedenet, Embedded, dict[str, Embedded]]:
+    """Train, or load a trained model, and embed the images as finely as ways need.
 
     Returns:
         tuple[Pedenet, Embedded, dict[str, Embedded]]: The model, the normal images it was trained on, and images to
@@ -317,15 +353,16 @@ def train(options: argparse.Namespace, seed: int) -> tuple[Pedenet, Embedded, di
     trained_on = range(len(datamodule.train_data)) if held_back is None else held_back.trained_on
     data = torch.utils.data.Subset(datamodule.train_data, trained_on)
     sample = [data[index].image for index in torch.linspace(0, len(data) - 1, min(32, len(data))).long()]
-    projections = fit_projections(model, torch.cat([model.pre_processor.transform(image[None]) for image in sample]))
+    images = torch.cat([model.pre_processor.transform(image[None]) for image in sample])
+    embedder = make_embedder(model, images, ways.values())
     batches = torch.utils.data.DataLoader(data, collate_fn=datamodule.train_data.collate_fn)
-    normal = embed_all(model, projections, batches)
-    images = {"": embed_all(model, projections, datamodule.test_dataloader())}
+    normal = embed_all(embedder, batches)
+    sets = {"": embed_all(embedder, datamodule.test_dataloader())}
     if held_back is not None:
         drawn = draw_test_defects(held_back.normal)
-        without = embed(model, projections, held_back.normal, torch.zeros_like(drawn.masks))
-        images["drawn_"] = join([without, embed(model, projections, drawn.images, drawn.masks)])
-    return model, normal, images
+        without = embed(embedder, held_back.normal, torch.zeros_like(drawn.masks))
+        sets["drawn_"] = join([without, embed(embedder, drawn.images, drawn.masks)])
+    return model, normal, sets
 
 
 def main() -> None:
@@ -338,20 +375,29 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--holdout", type=float, default=0.15, help="part of the normal images to hold back")
     parser.add_argument("--ways", choices=("settings", "scorers"), default="settings", help="what to compare")
+    parser.add_argument("--only", nargs="+", metavar="WAY", help="names of ways, instead of all")
     parser.add_argument("--ckpt_path", type=Path, help="checkpoint of a trained model, instead of training")
     parser.add_argument("--output", default="scoring", help="path of the CSV file, without ending")
     options = parser.parse_args()
 
+    ways = WAYS if options.ways == "settings" else SCORER_WAYS
+    if options.only is not None:
+        unknown = set(options.only) - set(ways)
+        if unknown:
+            parser.error(f"unknown ways {', '.join(sorted(unknown))}: --ways {options.ways} has {'; '.join(ways)}")
+        ways = {name: ways[name] for name in options.only}
+
     for seed in options.seeds:
-        model, normal, sets = train(options, seed)
+        model, normal, sets = train(options, seed, ways)
         image_size = (normal.masks.shape[1], normal.masks.shape[2])
         for size in sorted(normal.grids[0]):
-            alignments = measure_alignment(evenly_spread(normal, size, 8), image_size, 8)
+            grids = evenly_spread(normal, size, _ALIGNMENT_STRIDE)
+            alignments = measure_alignment(grids, image_size, _ALIGNMENT_STRIDE)
             values = ", ".join(
                 f"{value:.2f} at {weight:g}" for weight, value in zip(WEIGHTS[1:], alignments, strict=True)
             )
             print(f"seed {seed}, {size} px: alignment by weight of the position: {values}", flush=True)
-        for name, way in (WAYS if options.ways == "settings" else SCORER_WAYS).items():
+        for name, way in ways.items():
             row: dict[str, Any] = {"data": options.category or options.data.stem, "way": name, "seed": seed}
             fitted = fit(way, model, normal)
             for prefix, images in sets.items():

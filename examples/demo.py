@@ -11,8 +11,8 @@ and prints the scores.
 Two things to know when reading them. ``MVTecAD`` uses the test images for validation too, so the outlines are drawn at
 a threshold that was chosen on these very images; the AUROC figures need no threshold. And ``brick`` is the default
 because the method suits it: Pedenet learns by predicting where a patch's neighbour lies, which grass and gravel, alike
-everywhere, hardly tell. Brick reaches a pixel AUROC of 0.98; in one run each of 1,500 steps grass reached 0.92 and gravel
-0.94.
+everywhere, hardly tell. Brick reaches a pixel AUROC of 0.98; in one run each of 1,500 steps grass reached 0.92 and
+gravel 0.94.
 
 Example:
     ``python examples/demo.py --category gravel --max-steps 960``
