@@ -34,6 +34,7 @@ from anomalib.models import Pedenet
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.figure import Figure
+from report import set_plain_ticks
 
 TEST_METRICS = ("pixel_AUROC", "image_AUROC")
 DRAWN_METRICS = ("drawn_pixel_AUROC", "drawn_image_AUROC")
@@ -160,6 +161,7 @@ def plot(curves: pd.DataFrame, path: Path) -> None:
         axes.plot(seconds, auroc["mean"], marker=".", label=name)
         axes.fill_between(seconds, auroc["min"], auroc["max"], alpha=0.2)
     axes.set(xscale="log", xlabel="seconds of training and bank building", ylabel="pixel AUROC")
+    set_plain_ticks(axes.xaxis)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
