@@ -10,7 +10,7 @@ import torch
 
 from anomalib_pedenet.scorers.base import Scorer
 from anomalib_pedenet.scorers.coreset import UniformSubset
-from anomalib_pedenet.scorers.nearest_neighbor import append_norms, append_norms_in_half, append_ones, to_distances
+from anomalib_pedenet.scorers.nearest_neighbor import append_norms, append_ones, round_bank, to_distances
 
 
 class LocalNearestNeighborScorer(Scorer):
@@ -74,9 +74,7 @@ class LocalNearestNeighborScorer(Scorer):
 
     def round_to_half(self) -> None:
         """Round the embeddings to half precision, so that float16 keeps them, and their distances, as they are."""
-        rows = self.bank + self.mean
-        self.mean = self.mean.half().to(self.mean.dtype)
-        self.rows = append_norms_in_half(rows - self.mean)
+        self.mean, self.rows = round_bank(self.bank, self.mean)
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return each embedding's distance to the nearest normal one of its place.

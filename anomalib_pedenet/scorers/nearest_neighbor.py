@@ -103,16 +103,25 @@ def append_norms(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows, -rows.square().sum(dim=-1, keepdim=True) / 2], dim=-1)
 
 
-def append_norms_in_half(rows: torch.Tensor) -> torch.Tensor:
-    """Return rows b ``[..., Z]`` rounded to half precision, as ``[b, high, low]`` with ``high + low = -|b|^2 / 2``.
+def round_bank(bank: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a bank to half precision, and keep the norms of its rows in two numbers.
 
-    All of it but ``low`` is kept by float16 as it is, and ``low`` to a relative 5e-4: the norm has 22 bits then, where
+    float16 keeps all of it as it is but the lower number, and that to a relative 5e-4: the norm has 22 bits then, where
     half precision has 11 and rounds one of 300 by an eighth, which is as much as normal patches' distances.
+
+    Args:
+        bank (torch.Tensor): Rows ``[..., Z]`` relative to their mean.
+        mean (torch.Tensor): Their mean, ``[Z]``.
+
+    Returns:
+        tuple[torch.Tensor, torch.Tensor]: The rounded mean; and relative to it the rounded rows b as
+            ``[b, high, low]``, ``[..., Z + 2]``, with ``high + low = -|b|^2 / 2``.
     """
-    rows = rows.half().to(rows.dtype)
+    rounded_mean = mean.half().to(mean.dtype)
+    rows = (bank + mean - rounded_mean).half().to(bank.dtype)
     norms = -rows.square().sum(dim=-1, keepdim=True) / 2
     high = norms.clamp(min=torch.finfo(torch.float16).min).half().to(rows.dtype)
-    return torch.cat([rows, high, norms - high], dim=-1)
+    return rounded_mean, torch.cat([rows, high, norms - high], dim=-1)
 
 
 def append_ones(queries: torch.Tensor, count: int = 1) -> torch.Tensor:
@@ -198,9 +207,7 @@ class NearestNeighborScorer(MemoryBankScorer):
 
     def round_to_half(self) -> None:
         """Round the bank to half precision, so that float16 keeps it, and its distances, as they are."""
-        rows = self.bank + self.mean
-        self.mean = self.mean.half().to(self.mean.dtype)
-        self.rows = append_norms_in_half(rows - self.mean)
+        self.mean, self.rows = round_bank(self.bank, self.mean)
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return each embedding's distance to the nearest row of the bank (the mean distance to the k nearest).
