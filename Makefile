@@ -21,7 +21,7 @@ STAMP := $(VENV)/.installed
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv test test-all test-latest test-oldest lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency reproduce results clean
+.PHONY: help setup venv test test-all test-latest test-oldest lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency bench-gpu reproduce results clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -94,12 +94,20 @@ bench-latency: $(STAMP) ## Time of scoring by stride, runtime and precision, bes
 	$(BIN)/python benchmarks/latency.py --threads $(THREADS) --output runs/latency --profile \
 	    $(if $(CKPT),--checkpoint $(CKPT) --data $(DATA))
 
+# Each command goes on where the one before it failed: what can be known of a GPU in one call is wanted.
+bench-gpu: $(STAMP) ## All that docs/gpu.md wants to know of a GPU: tests, training, steps, scorers, latency; in runs/gpu (DATA=...)
+	-$(BIN)/python -m pytest tests/gpu
+	-$(BIN)/python benchmarks/train.py --data $(DATA) --accelerator gpu --curve --set "{}" --seeds $(SEEDS) --output runs/gpu/train
+	-$(BIN)/python benchmarks/step.py --data $(DATA) --accelerator gpu
+	-$(BIN)/python benchmarks/scorers.py --device cuda --rows 10000 1000000 --output runs/gpu/scorers
+	-$(BIN)/python benchmarks/latency.py --routes "torch eager, GPU" "torch.compile, GPU" --output runs/gpu/latency
+
 reproduce: $(STAMP) ## Tables 1 to 4 and figures, in runs/reproduce; goes on where it was stopped (CATEGORIES=bottle,tile SEEDS=0,1,2 ROOT=... METHODS="a;b" DATA=... IMAGE_SIZE=... CURVE=1)
 	$(BIN)/python benchmarks/reproduce.py --data $(DATA) --seeds "$(SEEDS)" --image_size $(IMAGE_SIZE) --output $(RESULTS) \
 	    $(if $(CURVE),--curve) $(if $(CATEGORIES),--categories "$(CATEGORIES)") $(if $(METHODS),--methods "$(METHODS)") $(if $(ROOT),--root "$(ROOT)")
 
-results: $(STAMP) ## Render docs/results.md from what `make reproduce` has measured (RESULTS=... its folder)
-	$(BIN)/python benchmarks/report.py $(RESULTS) --docs docs
+results: $(STAMP) ## Render docs/results.md from the rows in benchmarks/measured (`make reproduce RESULTS=benchmarks/measured` adds some)
+	$(BIN)/python benchmarks/report.py benchmarks/measured --docs docs
 
 clean: ## Remove the environment and what builds, checks and the demo have written
 	rm -rf $(VENV) build dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache

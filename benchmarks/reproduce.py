@@ -5,9 +5,9 @@
 
 Each run that is finished leaves a file ``<output>/runs/<run>.json``, and some of its maps and embeddings. A run whose
 file is there with the same settings is not repeated, so that no more than one run is lost when the command is killed;
-with ``--checkpoints`` its model is kept, too. At the end ``results.csv`` has a row for each run, and :mod:`report`
-renders the rest. With ``--curve`` trainings are validated after each epoch, and AUROC by then is noted with the seconds
-spent on training and memory banks.
+with ``--checkpoints`` its model is kept, too, and a run without one is repeated. At the end ``results.csv`` has a row
+for each run, and :mod:`report` renders the rest. With ``--curve`` trainings are validated after each epoch, and AUROC
+by then is noted with the seconds spent on training and memory banks.
 
 anomalib's runners schedule the runs: one after the other on a CPU, one for each GPU with ``--accelerator cuda``.
 
@@ -362,8 +362,10 @@ class ReproduceJobGenerator(JobGenerator):
             }
             file = args["output"] / "runs" / f"{run_name(key)}.json"
             row = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            has_curve = bool(row.get("curve")) or entry.get("cost_only", False)
-            if row.get("settings") == key["settings"] and (has_curve or not args["curve"]):
+            trained = not entry.get("cost_only", False)
+            lacks_curve = trained and args["curve"] and not row.get("curve")
+            lacks_model = trained and args["checkpoints"] and not file.with_suffix(".ckpt").exists()
+            if row.get("settings") == key["settings"] and not lacks_curve and not lacks_model:
                 print(f"{key['category']}, {method}, seed {seed}: finished before", flush=True)
                 continue
             yield ReproduceJob(key, options)

@@ -6,6 +6,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,9 +132,32 @@ def test_tables_and_figures_of_all_methods(dataset_root: Path, tmp_path: Path, r
     assert "images/results/heatmaps_brick.png" in pictures(tmp_path / "docs" / "results.md")
 
 
-def test_a_run_without_a_curve_is_repeated_if_one_is_asked_for(
-    dataset_root: Path, tmp_path: Path, reproduce: ModuleType
-) -> None:
+def test_the_page_of_results_is_what_was_measured(report: ModuleType, tmp_path: Path) -> None:
+    """All of its words and tables; pictures need maps, which are not kept."""
+
+    def lines(page: Path) -> list[str]:
+        text = page.read_text(encoding="utf-8").splitlines()
+        return [line for line in text if line and not line.startswith("![")]
+
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "docs").mkdir()
+    shutil.copy(BENCHMARKS / "measured" / "results.csv", tmp_path / "measured")
+    shutil.copytree(BENCHMARKS / "measured" / "runs", tmp_path / "measured" / "runs")
+    measured = lines(report.render(tmp_path / "measured", tmp_path / "docs"))
+    page = BENCHMARKS.parent / "docs" / "results.md"
+    assert [line for line in lines(page) if line in measured] == measured
+    assert pictures(page)
+    rows = pd.read_csv(BENCHMARKS / "measured" / "results.csv")
+    files = (BENCHMARKS / "measured" / "runs").glob("*.json")
+    runs = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    assert len(rows) == len(runs)
+    for row in rows.to_dict("records"):
+        for name, value in runs[report.run_name(row)].items():
+            if name != "curve" and value != "":
+                assert row[name] == value, (report.run_name(row), name)
+
+
+def test_a_run_without_what_is_asked_for_is_repeated(dataset_root: Path, tmp_path: Path, reproduce: ModuleType) -> None:
     command(dataset_root, tmp_path, {"Pedenet": METHODS["Pedenet"]})  # writes the files of data and methods
     arguments = {
         "methods_file": tmp_path / "methods.yaml",
@@ -142,12 +166,12 @@ def test_a_run_without_a_curve_is_repeated_if_one_is_asked_for(
         "accelerator": "cpu",
         "image_size": [144, 160],
         "seeds": [0],
-        "checkpoints": False,
         **dict.fromkeys(("methods", "categories", "root")),
     }
 
-    def jobs(curve: bool) -> list[object]:
-        return list(reproduce.ReproduceJobGenerator().generate_jobs({**arguments, "curve": curve}, None))
+    def jobs(curve: bool, checkpoints: bool = False) -> list[object]:
+        wanted = {**arguments, "curve": curve, "checkpoints": checkpoints}
+        return list(reproduce.ReproduceJobGenerator().generate_jobs(wanted, None))
 
     (job,) = jobs(curve=False)
     file = tmp_path / "runs" / f"{reproduce.run_name(job.key)}.json"
@@ -156,6 +180,9 @@ def test_a_run_without_a_curve_is_repeated_if_one_is_asked_for(
     assert len(jobs(curve=True)) == 1
     file.write_text(json.dumps({**job.key, "curve": [{"step": 2}]}), encoding="utf-8")
     assert len(jobs(curve=False)) == len(jobs(curve=True)) == 0
+    assert len(jobs(curve=True, checkpoints=True)) == 1
+    file.with_suffix(".ckpt").touch()
+    assert len(jobs(curve=True, checkpoints=True)) == 0
 
 
 def test_a_changed_default_is_another_setting(reproduce: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

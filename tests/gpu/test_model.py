@@ -1,0 +1,86 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""A model on a CUDA device trains, and does what it does on a CPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from anomalib.data import MVTecAD
+from anomalib.deploy import ExportType, TorchInferencer
+from anomalib.engine import Engine
+from torchvision.io import read_image
+
+from anomalib_pedenet import Pedenet
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SMALL: dict[str, Any] = {"image_size": (144, 160), "max_steps": 6, "steps_per_image": 1, "crops_per_step": 1}
+
+
+def datamodule(root: Path) -> MVTecAD:
+    return MVTecAD(root=root, category="stripes", train_batch_size=3, eval_batch_size=2, num_workers=0)
+
+
+def engine(folder: Path, accelerator: str) -> Engine:
+    return Engine(default_root_dir=folder, accelerator=accelerator, devices=1, enable_progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(dataset_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a training on the GPU."""
+    folder = tmp_path_factory.mktemp("trained")
+    trained = engine(folder, DEVICE)
+    trained.fit(Pedenet(**SMALL), datamodule=datamodule(dataset_root))
+    return Path(trained.best_model_path)
+
+
+def test_a_training_ends_with_a_bank_and_finite_scores(checkpoint: Path, dataset_root: Path) -> None:
+    model = Pedenet.load_from_checkpoint(checkpoint).eval()
+    assert model.model.is_fitted
+    prediction = model(read_image(str(dataset_root / "stripes/test/square/000.png"))[None] / 255)
+    assert prediction.anomaly_map.isfinite().all()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_metrics_are_those_of_a_cpu(checkpoint: Path, dataset_root: Path, tmp_path: Path) -> None:
+    metrics = {}
+    for accelerator in (DEVICE, "cpu"):
+        (metrics[accelerator],) = engine(tmp_path / accelerator, accelerator).test(
+            Pedenet(**SMALL), datamodule=datamodule(dataset_root), ckpt_path=checkpoint, verbose=False
+        )
+    assert metrics[DEVICE] == pytest.approx(metrics["cpu"], abs=2e-3)
+
+
+def test_a_bank_is_that_of_a_cpu(checkpoint: Path, dataset_root: Path) -> None:
+    """Of the same network, in float32: the same rows are chosen, and they are alike."""
+    paths = sorted(dataset_root.glob("stripes/train/good/*.png"))
+    images = torch.stack([read_image(str(path)) for path in paths]) / 255
+    banks = []
+    for device in (DEVICE, "cpu"):
+        model = Pedenet.load_from_checkpoint(checkpoint, bank_size=200, coreset="uniform").eval()
+        network = model.model.to(device).float()
+        with torch.no_grad():
+            prepared = model.pre_processor.transform(images).to(device)
+            grid = network.embedding_network.embed_dense(network.standardize(prepared), 8, [32])[32]
+        scorer = network.scorers["32"]
+        scorer.fit([network.position_encodings["32"](grid, images.shape[-2:], 8).permute(0, 2, 3, 1)])
+        banks.append(scorer.rows.cpu() + torch.nn.functional.pad(scorer.mean.cpu(), (0, 1)))
+    torch.testing.assert_close(*banks, rtol=1e-3, atol=1e-3)
+
+
+def test_an_export_of_the_gpu_gives_on_it_what_the_checkpoint_gives(
+    checkpoint: Path, dataset_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    path = engine(tmp_path, DEVICE).export(Pedenet(), ExportType.TORCH, export_root=tmp_path, ckpt_path=checkpoint)
+    image = dataset_root / "stripes/test/square/001.png"
+    prediction = TorchInferencer(path, device=DEVICE).predict(image)
+    expected = Pedenet.load_from_checkpoint(checkpoint).eval()(read_image(str(image))[None] / 255)
+    assert prediction.pred_score.item() == pytest.approx(expected.pred_score.item(), abs=2e-3)
+    torch.testing.assert_close(
+        prediction.anomaly_map.squeeze().cpu(), expected.anomaly_map.squeeze().cpu(), rtol=0, atol=2e-2
+    )
