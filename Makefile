@@ -106,8 +106,8 @@ reproduce: $(STAMP) ## Tables 1 to 4 and figures, in runs/reproduce; goes on whe
 	$(BIN)/python benchmarks/reproduce.py --data $(DATA) --seeds "$(SEEDS)" --image_size $(IMAGE_SIZE) --output $(RESULTS) \
 	    $(if $(CURVE),--curve) $(if $(CATEGORIES),--categories "$(CATEGORIES)") $(if $(METHODS),--methods "$(METHODS)") $(if $(ROOT),--root "$(ROOT)")
 
-results: $(STAMP) ## Render docs/results.md from the rows in benchmarks/measured (`make reproduce RESULTS=benchmarks/measured` adds some)
-	$(BIN)/python benchmarks/report.py benchmarks/measured --docs docs
+results: $(STAMP) ## Render docs/results.md and the README's table from the rows in benchmarks/measured (`make reproduce RESULTS=benchmarks/measured` adds some)
+	$(BIN)/python benchmarks/report.py benchmarks/measured --docs docs --readme README.md
 
 clean: ## Remove the environment and what builds, checks and the demo have written
 	rm -rf $(VENV) build dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
