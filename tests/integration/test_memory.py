@@ -42,8 +42,12 @@ def memory(key: str) -> float:
 
 
 def measure(name: str, *arguments: object) -> Any:  # noqa: ANN401
-    """Run one of the measurements below in a fresh process, with one thread."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """Run one of the measurements below in a fresh process, with one thread.
+
+    glibc's threshold for large blocks is its default, but fixed: where it adapts, freed images leave holes below the
+    small tensors that metrics keep, and a process sometimes grows though it holds nothing.
+    """
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
     command = [sys.executable, str(Path(__file__)), name, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
