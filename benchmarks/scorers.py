@@ -45,6 +45,7 @@ import threadpoolctl  # type: ignore[import-untyped]
 import torch
 from anomalib.models.image.patchcore.torch_model import DEFAULT_CHUNK_SIZE, PatchcoreModel
 from matplotlib.figure import Figure
+from report import set_plain_ticks
 from runtimes import process_kib
 from sklearn.neighbors import NearestNeighbors
 from step import matrix_throughput, processor_name
@@ -251,6 +252,7 @@ def plot(table: pd.DataFrame, path: Path) -> None:
             axes.plot(row["recall"], row["ms"], "o", color=f"C{ALL.index(row['search'])}")
         axes.set(yscale="log", ylim=(rows["ms"].min() / gap, height * gap), xlim=(-0.05, 1.05))
         axes.set(title=f"{size:,} rows", xlabel="recall@1")
+        set_plain_ticks(axes.yaxis)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel(f"ms for {table['queries'].max():,} queries")
     figure.savefig(path, dpi=120)
