@@ -49,7 +49,7 @@ from report import render, run_name
 from step import processor_name
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.flop_counter import FlopCounterMode
-from train import Curve, read_data_config
+from train import Curve, ValidationAUROC, read_data_config
 
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.post_processor import PedenetPostProcessor
@@ -255,8 +255,8 @@ class ReproduceJob(Job):
         method = self.options["method"]
         kind = getattr(models, method["model"]["class_path"].split(".")[-1])
         val_metrics = [
-            AUROC(fields=["anomaly_map", "gt_mask"], prefix="val_pixel_", strict=False),
-            AUROC(fields=["pred_score", "gt_label"], prefix="val_image_"),
+            ValidationAUROC("val_pixel_", ["anomaly_map", "gt_mask"]),
+            ValidationAUROC("val_image_", ["pred_score", "gt_label"]),
         ]
         model: AnomalibModule = kind(
             **method["model"].get("init_args", {}),

@@ -21,13 +21,15 @@ import argparse
 import csv
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import torch
 import yaml
-from anomalib.data import AnomalibDataModule, get_datamodule
+from anomalib.data import AnomalibDataModule, Batch, get_datamodule
 from anomalib.engine import Engine
 from anomalib.metrics import AUROC, Evaluator
 from anomalib.models import Pedenet
@@ -39,6 +41,31 @@ from report import set_plain_ticks
 TEST_METRICS = ("pixel_AUROC", "image_AUROC")
 DRAWN_METRICS = ("drawn_pixel_AUROC", "drawn_image_AUROC")
 LOGGED = ("lp_accuracy_32", "lp_accuracy_64", "spread_32", "spread_64")
+
+
+class ValidationAUROC(AUROC):
+    """AUROC of scores of any range: in a validation they are not normalised yet.
+
+    torchmetrics takes the scores of a batch for logits if one is beyond 0..1, and for probabilities if none is, so that
+    the batches of a model whose scores lie on both sides of 1 do not compare. Here all are brought into 0..1 in their
+    order.
+
+    Args:
+        prefix (str): Prefix of the metric's name, ``AUROC``.
+        fields (Sequence[str]): Fields of a batch: the scores, and the truth. The metric is left out where one is
+            missing.
+    """
+
+    def __init__(self, prefix: str, fields: Sequence[str]) -> None:
+        super().__init__(fields=fields, prefix=prefix, strict=False)
+        self.name = f"{prefix}AUROC"
+
+    def update(self, batch: Batch) -> None:
+        """Add a batch."""
+        scores, truth = (getattr(batch, field) for field in self.fields)
+        if scores is not None:
+            scores = (1 + scores / (1 + scores.abs())) / 2
+        super().update(SimpleNamespace(**dict(zip(self.fields, (scores, truth), strict=True))))
 
 
 class Curve(Callback):
@@ -105,8 +132,8 @@ def run(
         tuple[dict[str, Any], list[dict[str, Any]]]: The run's line, and the lines of its curve.
     """
     seed_everything(seed)
-    val_metrics = [AUROC(fields=["anomaly_map", "gt_mask"], prefix="val_pixel_", strict=False)]
-    val_metrics.append(AUROC(fields=["pred_score", "gt_label"], prefix="val_image_", strict=False))
+    val_metrics = [ValidationAUROC("val_pixel_", ["anomaly_map", "gt_mask"])]
+    val_metrics.append(ValidationAUROC("val_image_", ["pred_score", "gt_label"]))
     test_metrics = [AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False)]
     test_metrics.append(AUROC(fields=["pred_score", "gt_label"], prefix="image_"))
     evaluator = Evaluator(val_metrics if options.curve else [], test_metrics)

@@ -3,14 +3,18 @@
 
 """The benchmarks of training run from the command line, and write what they say."""
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 import yaml
+from sklearn.metrics import roc_auc_score
 
 from anomalib_pedenet import Pedenet
 
@@ -42,6 +46,18 @@ SETTINGS = sorted(set(BENCHMARKS.glob("*.yaml")) - {BENCHMARKS / "methods.yaml"}
 def test_settings_are_arguments_of_the_model(path: Path) -> None:
     for name, arguments in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         assert Pedenet(**arguments).hparams.items() >= arguments.items(), name
+
+
+def test_batches_of_a_validation_compare_whatever_their_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    metric = importlib.import_module("train").ValidationAUROC("val_", ["pred_score", "gt_label"])
+    scores = torch.tensor([0.2, 0.9, 0.8, 1.5, 40.0, 30.0, -0.5, 0.7])
+    labels = torch.tensor([0, 1, 0, 1, 1, 1, 0, 1])
+    for part, truth in zip(scores.split(2), labels.split(2), strict=True):
+        metric.update(SimpleNamespace(pred_score=part, gt_label=truth))
+    metric.update(SimpleNamespace(pred_score=None, gt_label=truth))
+    assert metric.name == "val_AUROC"
+    assert metric.compute() == pytest.approx(roc_auc_score(labels, scores))
 
 
 def test_settings_are_ranked_by_drawn_defects_and_a_benchmark_goes_on(data: list[str], tmp_path: Path) -> None:
