@@ -120,9 +120,6 @@ def main() -> None:
     parser.add_argument("--output", default="runs/coresets", help="path of the CSV file, without ending")
     options = parser.parse_args()
 
-    # glibc's threshold for large blocks, at its default but fixed: where it adapts, KCenterGreedy's freed distances
-    # leave holes that are never filled again, and its process reaches 24 GiB with 20,000 embeddings.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")
     context = multiprocessing.get_context("spawn")
 
     def measure(builder: str, count: int) -> dict[str, Any]:
@@ -134,6 +131,9 @@ def main() -> None:
 
     for builder in options.builders:
         measure(builder, options.embeddings)
+    # glibc's threshold for large blocks, at its default but fixed: where it adapts, KCenterGreedy's freed distances
+    # leave holes that are never filled again, and its process reaches 24 GiB with 20,000 embeddings.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")
     count = 2 * options.size
     while options.limit > 0 and count <= options.embeddings:
         try:
