@@ -456,6 +456,13 @@ def _reproduction(rows: pd.DataFrame) -> list[str]:
     seeds = " ".join(map(str, sorted(rows["seed"].unique())))
     names = ("anomalib", "torch", "python")
     versions = ", ".join(f"{name} {'/'.join(rows[name].astype(str).unique())}" for name in names)
+    measured = rows.dropna(subset=["image_AUROC"])
+    by_run = measured.groupby(["category", "method"], sort=False)["seed"].agg(lambda each: sorted(set(each)))
+    fewer = [
+        f"{method} on {category}: {', '.join(map(str, each))}"
+        for (category, method), each in by_run.items()
+        if len(each) < measured["seed"].nunique()
+    ]
     commands = []
     for (data, size), runs in rows.dropna(subset=["pixel_AUROC"]).groupby(["data", "image_size"], sort=False):
         config = CONFIGS / str(data)
@@ -473,7 +480,8 @@ def _reproduction(rows: pd.DataFrame) -> list[str]:
         (
             '`make reproduce` goes on where it was stopped, takes `METHODS="Pedenet;PaDiM, random weights"` for some '
             "methods, and writes the same tables, and images, to `runs/reproduce/results.md`. "
-            f"Measured with {versions}; {'; '.join(rows['hardware'].unique())}. Seeds {seeds.replace(' ', ', ')}. "
+            f"Measured with {versions}; {'; '.join(rows['hardware'].unique())}. Seeds {seeds.replace(' ', ', ')}"
+            f"{' (fewer so far: ' * bool(fewer)}{'; '.join(fewer)}{')' * bool(fewer)}. "
             "Each run on a CPU had the threads named, and whatever else the machine did beside it: times are rough."
         ),
     ]
