@@ -458,11 +458,12 @@ def _reproduction(rows: pd.DataFrame) -> list[str]:
     versions = ", ".join(f"{name} {'/'.join(rows[name].astype(str).unique())}" for name in names)
     measured = rows.dropna(subset=["image_AUROC"])
     by_run = measured.groupby(["category", "method"], sort=False)["seed"].agg(lambda each: sorted(set(each)))
-    fewer = [
+    incomplete = [
         f"{method} on {category}: {', '.join(map(str, each))}"
         for (category, method), each in by_run.items()
         if len(each) < measured["seed"].nunique()
     ]
+    fewer = f" (fewer so far: {'; '.join(incomplete)})" if incomplete else ""
     commands = []
     for (data, size), runs in rows.dropna(subset=["pixel_AUROC"]).groupby(["data", "image_size"], sort=False):
         config = CONFIGS / str(data)
@@ -480,8 +481,8 @@ def _reproduction(rows: pd.DataFrame) -> list[str]:
         (
             '`make reproduce` goes on where it was stopped, takes `METHODS="Pedenet;PaDiM, random weights"` for some '
             "methods, and writes the same tables, and images, to `runs/reproduce/results.md`. "
-            f"Measured with {versions}; {'; '.join(rows['hardware'].unique())}. Seeds {seeds.replace(' ', ', ')}"
-            f"{' (fewer so far: ' * bool(fewer)}{'; '.join(fewer)}{')' * bool(fewer)}. "
+            f"Measured with {versions}; {'; '.join(rows['hardware'].unique())}. "
+            f"Seeds {seeds.replace(' ', ', ')}{fewer}. "
             "Each run on a CPU had the threads named, and whatever else the machine did beside it: times are rough."
         ),
     ]
@@ -588,7 +589,7 @@ def render_readme(output: Path, readme: Path) -> None:
         readme (Path): File with the marks.
 
     Raises:
-        ValueError: If the marks are not there, once and in order.
+        ValueError: If the marks are not there, one after the other.
     """
     text = readme.read_text(encoding="utf-8")
     before, start, rest = text.partition(README_MARKS[0])
@@ -598,11 +599,12 @@ def render_readme(output: Path, readme: Path) -> None:
         raise ValueError(msg)
     rows = pd.read_csv(output / "results.csv")
     rows = rows[rows["table"] == "methods"].dropna(subset=["pixel_AUROC"])
-    lines = []
-    for (method, category), runs in rows.groupby(["method", "category"], sort=False):
-        values = {f"{category}, {metric}": mean_and_deviation(runs[name]) for name, metric in FIRST_TABLE.items()}
-        lines.append({"method": method, **values})
-    table = pd.DataFrame(lines).groupby("method", sort=False).first().fillna("")
+    columns = {
+        f"{category}, {title}": runs.groupby("method")[metric].apply(mean_and_deviation)
+        for category, runs in rows.groupby("category", sort=False)
+        for metric, title in FIRST_TABLE.items()
+    }
+    table = pd.DataFrame(columns).reindex(pd.Index(rows["method"].unique(), name="method")).fillna("")
     readme.write_text(f"{before}{start}\n\n{markdown(table)}\n\n{end}{after}", encoding="utf-8")
 
 
