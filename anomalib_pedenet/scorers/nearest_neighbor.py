@@ -12,8 +12,8 @@ import torch
 from anomalib_pedenet.scorers.base import Scorer
 from anomalib_pedenet.scorers.coreset import BankBuilder, Coreset, make_bank_builder
 
-# Products of this many queries and rows stay in a core's cache; the fastest among tiles of 64 to 1,024 x 512 to 5,000.
-_CPU_QUERIES, _CPU_ROWS = 256, 1_024
+# Products of this many queries and rows stay in the cache; the fastest among tiles of 64 to 2,048 x 128 to 5,000.
+_CPU_QUERIES, _CPU_ROWS = 1_024, 512
 # Elsewhere the product of a chunk of queries and the whole bank takes at most this many float32 elements (64 MiB).
 _CHUNK_ELEMENTS = 2**24
 # The typical score is estimated on at most this many rows of the bank.

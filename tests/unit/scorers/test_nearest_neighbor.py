@@ -28,7 +28,7 @@ def brute_force(queries: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    num_queries=st.integers(1, 700),
+    num_queries=st.integers(1, 2500),
     num_rows=st.integers(1, 5000),
     dim=st.integers(1, 64),
     offset=st.sampled_from([0.0, 100.0]),
