@@ -40,7 +40,7 @@ import yaml
 from anomalib import models
 from anomalib.data import AnomalibDataModule, get_datamodule
 from anomalib.engine import Engine
-from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Max
+from anomalib.metrics import AUPRO, F1Max
 from anomalib.models import AnomalibModule, Pedenet
 from anomalib.pipelines.components import Job, JobGenerator
 from anomalib.pipelines.components.runners import ParallelRunner, SerialRunner
@@ -49,7 +49,7 @@ from report import render, run_name
 from step import processor_name
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.flop_counter import FlopCounterMode
-from train import Curve, ValidationAUROC, read_data_config
+from train import Curve, make_evaluator, read_data_config
 
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.post_processor import PedenetPostProcessor
@@ -254,21 +254,13 @@ class ReproduceJob(Job):
         """
         method = self.options["method"]
         kind = getattr(models, method["model"]["class_path"].split(".")[-1])
-        val_metrics = [
-            ValidationAUROC("val_pixel_", ["anomaly_map", "gt_mask"]),
-            ValidationAUROC("val_image_", ["pred_score", "gt_label"]),
-        ]
         model: AnomalibModule = kind(
             **method["model"].get("init_args", {}),
             **sized(kind, self.options["image_size"]),
-            evaluator=Evaluator(
-                val_metrics if self.options["curve"] else [],
-                [
-                    AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
-                    AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
-                    AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
-                    F1Max(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
-                ],
+            evaluator=make_evaluator(
+                self.options["curve"],
+                AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+                F1Max(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
             ),
             post_processor=PedenetPostProcessor(),  # anomalib's own clips maps, and so takes AUROC from all models
             visualizer=False,

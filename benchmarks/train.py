@@ -31,7 +31,7 @@ import torch
 import yaml
 from anomalib.data import AnomalibDataModule, Batch, get_datamodule
 from anomalib.engine import Engine
-from anomalib.metrics import AUROC, Evaluator
+from anomalib.metrics import AUROC, AnomalibMetric, Evaluator
 from anomalib.models import Pedenet
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
@@ -66,6 +66,23 @@ class ValidationAUROC(AUROC):
         if scores is not None:
             scores = (1 + scores / (1 + scores.abs())) / 2
         super().update(SimpleNamespace(**dict(zip(self.fields, (scores, truth), strict=True))))
+
+
+def make_evaluator(curve: bool, *more: AnomalibMetric) -> Evaluator:
+    """Make an evaluator of pixel and image AUROC on the test images.
+
+    Args:
+        curve (bool): Whether validations measure them as well, as :class:`Curve` notes them.
+        *more (AnomalibMetric): More metrics of the test images.
+
+    Returns:
+        Evaluator: The evaluator.
+    """
+    pixels, images = ["anomaly_map", "gt_mask"], ["pred_score", "gt_label"]
+    return Evaluator(
+        [ValidationAUROC("val_pixel_", pixels), ValidationAUROC("val_image_", images)] if curve else [],
+        [AUROC(fields=pixels, prefix="pixel_", strict=False), AUROC(fields=images, prefix="image_"), *more],
+    )
 
 
 class Curve(Callback):
@@ -132,11 +149,7 @@ def run(
         tuple[dict[str, Any], list[dict[str, Any]]]: The run's line, and the lines of its curve.
     """
     seed_everything(seed)
-    val_metrics = [ValidationAUROC("val_pixel_", ["anomaly_map", "gt_mask"])]
-    val_metrics.append(ValidationAUROC("val_image_", ["pred_score", "gt_label"]))
-    test_metrics = [AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False)]
-    test_metrics.append(AUROC(fields=["pred_score", "gt_label"], prefix="image_"))
-    evaluator = Evaluator(val_metrics if options.curve else [], test_metrics)
+    evaluator = make_evaluator(options.curve)
     model = Pedenet(**{"holdout": options.holdout} | settings, evaluator=evaluator, visualizer=False)
     curve = Curve()
     with tempfile.TemporaryDirectory() as results:

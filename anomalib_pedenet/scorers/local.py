@@ -3,10 +3,12 @@
 
 """Nearest neighbour among the normal patches of a patch's own place."""
 
+from functools import reduce
 from itertools import product
 from typing import ClassVar
 
 import torch
+from torch.nn.functional import pad
 
 from anomalib_pedenet.scorers.base import Scorer
 from anomalib_pedenet.scorers.coreset import UniformSubset
@@ -101,19 +103,27 @@ class LocalNearestNeighborScorer(Scorer):
             rows (torch.Tensor): Rows ``[h, w, N, Z + 1]`` to compare with.
         """
         queries = append_ones(queries, rows.shape[-1] - self.embedding_dim)
-        best = (queries @ rows.transpose(-1, -2)).amax(dim=-1)
         height, width = rows.shape[:2]
         down, right = min(self.radius, height - 1), min(self.radius, width - 1)
-        for row, column in product(range(-down, down + 1), range(-right, right + 1)):
-            if (row, column) == (0, 0):
-                continue
-            # Places whose neighbour at this shift lies in the image, and those neighbours.
-            ours = _overlap(height, row), _overlap(width, column)
-            theirs = _moved(ours[0], row), _moved(ours[1], column)
-            similarity = (queries[ours] @ rows[theirs].transpose(-1, -2)).amax(dim=-1)
-            padding = (0, 0, ours[1].start, width - ours[1].stop, ours[0].start, height - ours[0].stop)
-            best = torch.maximum(best, torch.nn.functional.pad(similarity, padding, value=-torch.inf))
-        return best
+        if (down, right) == (0, 0):
+            return (queries @ rows.transpose(-1, -2)).amax(dim=-1)
+        # The rows of a place are read once, for all the queries around it: reading them takes longest. One line of the
+        # grid at a time, because products with many images are large.
+        queries = pad(queries, (0, 0, 0, 0, right, right, down, down))
+        lines = []
+        for line in range(height):
+            window = queries[line : line + 2 * down + 1]
+            around = torch.stack([window[:, column : column + width] for column in range(2 * right + 1)])
+            products = around.permute(2, 0, 1, 3, 4).flatten(1, 3) @ rows[line].transpose(-1, -2)
+            lines.append(products.amax(dim=-1).unflatten(1, (2 * right + 1, 2 * down + 1, -1)))
+        # [columns, rows, B, h, w]: of the query that lies so many columns and rows from the upper left of a window.
+        nearest = pad(torch.stack(lines).permute(2, 3, 4, 0, 1), (right, right, down, down), value=-torch.inf)
+        shifts = product(range(2 * right + 1), range(2 * down + 1))
+        of_queries = (
+            nearest[column, row, :, 2 * down - row :, 2 * right - column :][:, :height, :width]
+            for column, row in shifts
+        )
+        return reduce(torch.maximum, of_queries).permute(1, 2, 0)
 
     def _typical_score(self) -> torch.Tensor:
         """Return the mean distance from a normal image's patches to those of the others (not finite for one image)."""
@@ -126,13 +136,3 @@ class LocalNearestNeighborScorer(Scorer):
             queries = self.bank[:, :, image : image + 1]
             scores.append(to_distances(queries, self._nearest(queries, self.rows[:, :, others])).mean())
         return torch.stack(scores).mean()
-
-
-def _overlap(length: int, shift: int) -> slice:
-    """Return the positions whose neighbour at ``shift`` lies within ``length`` positions."""
-    return slice(max(0, -shift), length - max(0, shift))
-
-
-def _moved(positions: slice, shift: int) -> slice:
-    """Return positions moved by ``shift``."""
-    return slice(positions.start + shift, positions.stop + shift)

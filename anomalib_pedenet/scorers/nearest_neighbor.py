@@ -14,6 +14,8 @@ from anomalib_pedenet.scorers.coreset import BankBuilder, Coreset, make_bank_bui
 
 # Products of this many queries and rows stay in the cache; the fastest among tiles of 64 to 2,048 x 128 to 5,000.
 _CPU_QUERIES, _CPU_ROWS = 1_024, 512
+# An exported graph has a product for this many rows, which is read again before it leaves the cache.
+_EXPORTED_ROWS = 1_000
 # Elsewhere the product of a chunk of queries and the whole bank takes at most this many float32 elements (64 MiB).
 _CHUNK_ELEMENTS = 2**24
 # The typical score is estimated on at most this many rows of the bank.
@@ -226,7 +228,8 @@ class NearestNeighborScorer(MemoryBankScorer):
             # The batch, which is dynamic in an exported graph, is not to be cut into chunks.
             flat = queries.flatten(1, -2) if queries.ndim > 3 else queries
             size = max(1, _CHUNK_ELEMENTS // max(1, len(self.rows)))
-            chunks = [self._score([chunk @ self.rows.T], chunk) for chunk in flat.split(size, dim=-2)]
+            banks = self.rows.split(_EXPORTED_ROWS) if is_exporting else (self.rows,)
+            chunks = [self._score((chunk @ rows.T for rows in banks), chunk) for chunk in flat.split(size, dim=-2)]
             return torch.cat(chunks, dim=-1).reshape(embeddings.shape[:-1])
 
     def image_weights(self, embeddings: torch.Tensor, scores: torch.Tensor) -> torch.Tensor | None:

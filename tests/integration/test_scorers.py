@@ -42,7 +42,9 @@ def checkpoint(dataset_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return Path(engine.best_model_path)
 
 
-def with_scorer(scorer: str, checkpoint: Path, datamodule: MVTecAD, root: Path) -> tuple[Pedenet, Path]:
+def with_scorer(
+    scorer: str | dict[str, Any], checkpoint: Path, datamodule: MVTecAD, root: Path
+) -> tuple[Pedenet, Path]:
     """The checkpoint's networks with another scorer, validated for its thresholds, and its own checkpoint."""
     model, engine = Pedenet(**SMALL, scorer=scorer), make_engine(root)
     engine.validate(model, datamodule=datamodule, ckpt_path=checkpoint)
@@ -87,9 +89,11 @@ def test_a_changed_scorer_is_said_and_needs_training_images(
         make_engine(tmp_path).predict(Pedenet(**SMALL, scorer="svdd"), dataset=images, ckpt_path=checkpoint)
 
 
-@pytest.mark.parametrize("scorer", EXPORTABLE)
+@pytest.mark.parametrize(
+    "scorer", [*EXPORTABLE, {"class_path": "local", "init_args": {"radius": 1}}], ids=[*EXPORTABLE, "local, radius 1"]
+)
 def test_exports_equal_torch(
-    scorer: str,
+    scorer: str | dict[str, Any],
     checkpoint: Path,
     datamodule: MVTecAD,
     dataset_root: Path,
