@@ -109,14 +109,17 @@ def build(builder: str, count: int, size: int, threads: int) -> dict[str, Any]:
 def main() -> None:
     """Measure every builder."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--embeddings", type=int, default=2_000_000, help="number of embeddings")
-    parser.add_argument("--size", type=int, default=10_000, help="rows of the bank")
+    parser.add_argument("--embeddings", type=int, default=2_000_000, help="how many (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=10_000, help="rows of the bank (default: %(default)s)")
     builders = [name for name in get_args(Coreset) if name != "auto"]  # which is one of the others
-    parser.add_argument("--builders", nargs="+", default=builders, choices=builders)
+    parser.add_argument("--builders", nargs="+", default=builders, choices=builders, help="default: all")
     parser.add_argument(
-        "--limit", type=float, default=300.0, help="seconds of anomalib's KCenterGreedy; 0 leaves it out"
+        "--limit",
+        type=float,
+        default=300.0,
+        help="end anomalib's KCenterGreedy after a run of so many seconds (default: %(default)s); 0 leaves it out",
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--output", default="runs/coresets", help="path of the CSV file, without ending")
     options = parser.parse_args()
 

@@ -667,7 +667,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=30, help="repetitions (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30.0, help="no more repetitions of a row after that")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--profile", action="store_true", help="say where OpenVINO's time goes in Pedenet")
     parser.add_argument("--output", default="runs/latency", help="path of the CSV, table and picture, without ending")
     options = parser.parse_args()

@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--runtime", choices=LOADERS, required=True)
     parser.add_argument("--options", type=json.loads, default={}, help="arguments of the loader, JSON")
     parser.add_argument("--shape", type=int, nargs=4, default=[1, 3, 256, 256])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     options = parser.parse_args()
     run = LOADERS[options.runtime](options.path, options.threads, **options.options)
     images = np.random.default_rng(0).random(options.shape, dtype=np.float32)

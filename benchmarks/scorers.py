@@ -261,16 +261,25 @@ def plot(table: pd.DataFrame, path: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000], help="bank sizes")
-    parser.add_argument("--queries", type=int, nargs="+", default=[2_401, 9_409], help="numbers of queries")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[1_000, 10_000, 100_000, 1_000_000],
+        help="bank sizes (default: 1,000 to a million)",
+    )
+    parser.add_argument(
+        "--queries", type=int, nargs="+", default=[2_401, 9_409], help="numbers of queries (default: 2401 9409)"
+    )
     parser.add_argument("--scorers", nargs="+", default=ALL, choices=ALL, metavar="NAME", help=f"of {', '.join(ALL)}")
     parser.add_argument("--embeddings", type=Path, help="file with a bank and queries, instead of drawing them")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=10.0, help="no more repetitions of a search after that")
     parser.add_argument("--largest_matrix", type=float, default=6.0, help="GiB; peers that need a larger are left out")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn embeddings (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=torch.device, default=device, help="cuda adds what faiss has on GPUs")
     parser.add_argument("--output", default="runs/scorers", help="path of the CSV file and the picture, without ending")
     options = parser.parse_args()
     if options.rounds < 1 or options.seconds <= 0:

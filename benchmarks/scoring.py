@@ -372,7 +372,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="root of the data set, instead of the configuration's")
     parser.add_argument("--category", help="category, instead of the configuration's")
     parser.add_argument("--base", type=yaml.safe_load, default={}, help="arguments of Pedenet, YAML")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings (default: 0)")
     parser.add_argument("--holdout", type=float, default=0.15, help="part of the normal images to hold back")
     parser.add_argument("--ways", choices=("settings", "scorers"), default="settings", help="what to compare")
     parser.add_argument("--only", nargs="+", metavar="WAY", help="names of ways, instead of all")

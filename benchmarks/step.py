@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--category", help="category, instead of the configuration's")
     parser.add_argument("--set", type=yaml.safe_load, default={}, help="arguments of Pedenet, YAML")
     parser.add_argument("--steps", type=int, default=60, help="steps to time (default: %(default)s)")
-    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--accelerator", default="auto", help="as of the trainer: cpu, gpu, auto")
     for name, value in measure(parser.parse_args()).items():
         print(f"{name:<34}{value}")
 
