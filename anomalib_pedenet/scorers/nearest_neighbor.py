@@ -14,6 +14,8 @@ from anomalib_pedenet.scorers.coreset import BankBuilder, Coreset, make_bank_bui
 
 # Products of this many queries and rows stay in the cache; the fastest among tiles of 64 to 2,048 x 128 to 5,000.
 _CPU_QUERIES, _CPU_ROWS = 1_024, 512
+# The same for k neighbours: topk takes several times as long where it chooses among fewer than 64 k.
+_CPU_QUERIES_OF_K, _CPU_ROWS_OF_K = 256, 2_048
 # An exported graph has a product for this many rows, which is read again before it leaves the cache.
 _EXPORTED_ROWS = 1_000
 # Elsewhere the product of a chunk of queries and the whole bank takes at most this many float32 elements (64 MiB).
@@ -268,14 +270,16 @@ class NearestNeighborScorer(MemoryBankScorer):
 
         All products use the same memory: taking it anew from the system each time costs as much as a third of them.
         """
-        memory = queries.new_empty(_CPU_QUERIES * _CPU_ROWS)
+        is_one = self.num_neighbors == 1
+        num_queries, num_rows = (_CPU_QUERIES, _CPU_ROWS) if is_one else (_CPU_QUERIES_OF_K, _CPU_ROWS_OF_K)
+        memory = queries.new_empty(num_queries * num_rows)
 
         def products(chunk: torch.Tensor) -> Iterator[torch.Tensor]:
-            for rows in self.rows.split(_CPU_ROWS):
+            for rows in self.rows.split(num_rows):
                 tile = memory[: len(chunk) * len(rows)].view(len(chunk), len(rows))
                 yield torch.mm(chunk, rows.T, out=tile)
 
-        return torch.cat([self._score(products(chunk), chunk) for chunk in queries.split(_CPU_QUERIES)])
+        return torch.cat([self._score(products(chunk), chunk) for chunk in queries.split(num_queries)])
 
     def _score(self, products: Iterable[torch.Tensor], queries: torch.Tensor) -> torch.Tensor:
         """Return the scores ``[..., P]`` of prepared queries ``[..., P, Z + 1]`` from their products with all rows.
