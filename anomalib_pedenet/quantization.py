@@ -76,7 +76,7 @@ def quantize_with_accuracy_control(
     Args:
         model (openvino.Model): Exported model.
         images (Iterable[torch.Tensor]): As for :func:`quantize`.
-        batches (Iterable[ImageBatch]): Labelled images to measure the metric on.
+        batches (Iterable[ImageBatch]): Labelled images to measure the metric on, one by one.
         metric (Metric): One of anomalib's metrics, the higher the better.
         max_drop (float): Largest drop of the metric that is accepted, absolute.
 
@@ -121,26 +121,27 @@ def _kept_in_floating_point(model: "openvino.Model") -> "nncf.IgnoredScope":
     )
 
 
-def _fit_to_input(images: torch.Tensor, model: "openvino.Model") -> torch.Tensor:
-    """Resize images to the model's input if that is of fixed size."""
-    height, width = list(model.input(0).get_partial_shape())[2:]
-    if height.is_dynamic or width.is_dynamic:
-        return images
-    return resize(images, [height.get_length(), width.get_length()], antialias=True)
+def _fit_to_input(image: torch.Tensor, model: "openvino.Model") -> torch.Tensor:
+    """Resize an image ``[1, 3, H, W]`` to the model's input, and repeat it to its batch, where those are fixed."""
+    batch, _, height, width = list(model.input(0).get_partial_shape())
+    if not (height.is_dynamic or width.is_dynamic):
+        image = resize(image, [height.get_length(), width.get_length()], antialias=True)
+    return image if batch.is_dynamic else image.expand(batch.get_length(), -1, -1, -1)
 
 
 def _predict(compiled: "openvino.CompiledModel", batch: ImageBatch, model: "openvino.Model") -> ImageBatch:
-    """Return a labelled batch with a compiled model's predictions."""
+    """Return a labelled image, a batch of one, with a compiled model's predictions."""
     images = _fit_to_input(batch.image, model)
     output = compiled(images.numpy())
-    predictions = {name: torch.from_numpy(np.array(output[name])) for name in ("pred_score", "pred_label")}
+    names = ("pred_score", "pred_label", "anomaly_map", "pred_mask")
+    predictions = {name: torch.from_numpy(np.array(output[name]))[:1] for name in names}
     for name in ("anomaly_map", "pred_mask"):
-        predictions[name] = torch.from_numpy(np.array(output[name]))[:, 0]
+        predictions[name] = predictions[name][:, 0]
     mask = batch.gt_mask
     if mask is not None:
         size = list(predictions["anomaly_map"].shape[-2:])
-        mask = resize(mask.reshape(len(images), 1, *mask.shape[-2:]), size, InterpolationMode.NEAREST)[:, 0]
-    return ImageBatch(image=images, gt_label=batch.gt_label, gt_mask=mask, **predictions)
+        mask = resize(mask.reshape(1, 1, *mask.shape[-2:]), size, InterpolationMode.NEAREST)[:, 0]
+    return ImageBatch(image=images[:1], gt_label=batch.gt_label, gt_mask=mask, **predictions)
 
 
 class _Inputs:

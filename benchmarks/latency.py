@@ -379,41 +379,44 @@ def load_and_check(row: Row, threads: int) -> tuple[runtimes.Run, float]:
 
 
 def measure(options: argparse.Namespace, rows: Sequence[Row]) -> Iterator[tuple[Row, runtimes.Run, dict[str, Any]]]:
-    """Time rows in turns.
+    """Time rows in turns, those of one route after those of another: all at once would not fit into memory.
 
     Yields:
         tuple[Row, runtimes.Run, dict[str, Any]]: A row that could be run, its loaded model, and its figures.
     """
-    runs: list[tuple[Row, runtimes.Run, float]] = []
-    for row in rows:
-        loaded = attempt(
-            f"{row.label}, batch {len(row.images)}, {row.route}", partial(load_and_check, row, options.threads)
-        )
-        if loaded is not None:
-            runs.append((row, *loaded))
-    seconds: list[list[float]] = [[] for _ in runs]
-    cpu = torch.device("cpu")
-    for _ in range(options.rounds):
-        for (row, run, _), spent in zip(runs, seconds, strict=True):
-            if sum(spent) < options.seconds:
-                time.sleep(_PAUSE)
-                run(row.images)
-                spent.append(timed(partial(run, row.images), cpu)[0])
-    for (row, run, error), spent in zip(runs, seconds, strict=True):
-        milliseconds = 1e3 * pd.Series(spent) / len(row.images)
-        low, median, high = milliseconds.quantile([0.25, 0.5, 0.75])
-        yield (
-            row,
-            run,
-            {
+    for route in dict.fromkeys(row.route for row in rows):
+        runs: list[tuple[Row, runtimes.Run, float]] = []
+        for row in rows:
+            if row.route == route:
+                load = partial(load_and_check, row, options.threads)
+                loaded = attempt(f"{row.label}, batch {len(row.images)}, {route}", load)
+                if loaded is not None:
+                    runs.append((row, *loaded))
+        seconds = time_in_turns(options, [partial(run, row.images) for row, run, _ in runs])
+        for (row, run, error), spent in zip(runs, seconds, strict=True):
+            milliseconds = 1e3 * pd.Series(spent) / len(row.images)
+            low, median, high = milliseconds.quantile([0.25, 0.5, 0.75])
+            figures = {
                 "ms": round(median, 3),
                 "ms_low": round(low, 3),
                 "ms_high": round(high, 3),
                 "images_per_second": round(1e3 / median, 2),
                 "repetitions": len(spent),
                 "map_error": round(error, 6),
-            },
-        )
+            }
+            yield row, run, figures
+
+
+def time_in_turns(options: argparse.Namespace, functions: Sequence[Callable[[], Any]]) -> list[list[float]]:
+    """Return the seconds of each call of some functions, called in turns."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(options.rounds):
+        for function, spent in zip(functions, seconds, strict=True):
+            if sum(spent) < options.seconds:
+                time.sleep(_PAUSE)
+                function()
+                spent.append(timed(function, torch.device("cpu"))[0])
+    return seconds
 
 
 def peak_mib(row: Row, threads: int) -> float | None:
@@ -706,24 +709,26 @@ def main() -> None:
             exports = folder / f"batch {batch}"
             exports.mkdir()
             rows = list(make_rows(options, routes, images, measured, datamodule, exports, batch))
-            lines, profiled = [], []
+            lines: dict[int, dict[str, Any]] = {}
+            profiled = []
             for row, run, timings in measure(options, rows):
                 figures = dict(timings)
                 if test_data is not None and row.model == PEDENET and batch == 1:
                     figures |= measure_auroc(run, test_data, options.image_size)
                 if row.model == PEDENET and ROUTES[row.route].runtime == "openvino":
                     profiled.append(row)
-                lines.append(describe(row, figures, machine, options))
-                print({name: value for name, value in lines[-1].items() if not pd.isna(value)}, flush=True)
+                line = describe(row, figures, machine, options)
+                lines[rows.index(row)] = line
+                print({name: value for name, value in line.items() if not pd.isna(value)}, flush=True)
             if options.profile:
                 print_profiles(profiled, options.threads)
             if lines:
-                append(Path(f"{options.output}.csv"), lines)
-                table += lines
+                ordered = [line for _, line in sorted(lines.items())]  # model by model, as the rows
+                append(Path(f"{options.output}.csv"), ordered)
+                table += ordered
+                write_table(pd.DataFrame(table), Path(f"{options.output}.md"))
+                plot(pd.DataFrame(table), Path(f"{options.output}.png"))
             shutil.rmtree(exports)
-    if table:
-        write_table(pd.DataFrame(table), Path(f"{options.output}.md"))
-        plot(pd.DataFrame(table), Path(f"{options.output}.png"))
 
 
 if __name__ == "__main__":

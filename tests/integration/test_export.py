@@ -163,6 +163,24 @@ def test_only_the_inner_convolutions_are_quantized(
     assert quantized("none") == quantized("int8") == []
 
 
+@pytest.mark.parametrize("name", [CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
+def test_a_model_for_a_fixed_batch_is_quantized(
+    trained: tuple[Engine, Path], dataset_root: Path, tmp_path: Path, name: CompressionType
+) -> None:
+    model = Pedenet.load_from_checkpoint(trained[1])
+    path = model.to_openvino(
+        tmp_path,
+        input_size=(144, 160),
+        compression_type=name,
+        datamodule=MVTecAD(root=dataset_root, category="stripes", num_workers=0),
+        onnx_kwargs={"dynamic_shapes": ({0: 3},), "verbose": False},
+    )
+    exported = openvino.Core().read_model(path)
+    assert list(exported.input(0).shape) == [3, 3, 144, 160]
+    if name == CompressionType.INT8_PTQ:  # accuracy control may leave nothing in eight bits
+        assert any(operation.get_type_name() == "FakeQuantize" for operation in exported.get_ordered_ops())
+
+
 def test_quantization_needs_images(trained: tuple[Engine, Path], tmp_path: Path) -> None:
     engine, checkpoint = trained
     with pytest.raises(ValueError, match="INT8_PTQ needs images to calibrate on: pass the data module"):
