@@ -63,6 +63,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 from train import append, make_datamodule
 
+from anomalib_pedenet.scorers.nearest_neighbor import TILE_ROWS
+
 PEDENET, PATCHCORE, PADIM, EFFICIENT_AD = "Pedenet", "PatchCore", "PaDiM", "EfficientAd-S"
 MODELS = (PEDENET, PATCHCORE, PADIM, EFFICIENT_AD)
 
@@ -113,7 +115,7 @@ class Row(NamedTuple):
         images (np.ndarray): What it is measured with, ``[B, 3, H, W]``.
         expected (np.ndarray): The eager model's anomaly maps of them, ``[B, 1, H, W]``.
         operations (float | None): Floating-point operations for them, of Pedenet.
-        bank_rows (set[int]): Numbers of rows of Pedenet's banks.
+        bank_rows (set[int]): Numbers of rows of Pedenet's banks that are searched at once.
     """
 
     model: str
@@ -354,7 +356,8 @@ def make_rows(
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             expected = model(measured).anomaly_map.numpy()
         operations = float(counter.get_total_flops()) if name == PEDENET else None
-        bank_rows = {len(value) for key, value in model.named_buffers() if key.endswith(".rows")}
+        banks = [value for key, value in model.named_buffers() if key.endswith(".rows")]
+        bank_rows = {len(rows) for bank in banks for rows in bank.split(TILE_ROWS)}
         paths: dict[str, Path | None] = {}
         for route in routes:
             artefact = ROUTES[route].artefact
@@ -512,7 +515,7 @@ KINDS = ("pre-processing", "convolutions", "between", "kNN product", "maximum", 
 def profile(row: Row, threads: int, repetitions: int = 10) -> dict[str, float]:
     """Return the milliseconds for an image that OpenVINO spends on each kind of work in a row of Pedenet.
 
-    Nodes are told by type, by their place in the order of execution, and the search by a side as long as a bank.
+    Nodes are told by type, by their place in the order of execution, and the search by a side as long as part of a bank.
     """
     import openvino
 

@@ -14,7 +14,7 @@ from anomalib_pedenet.scorers.base import Scorer
 from anomalib_pedenet.scorers.coreset import BankBuilder, Coreset, make_bank_builder
 
 # On a CPU and in an exported graph, products of so many queries (there all of them) and rows, which stay in the cache.
-_CPU_QUERIES, _CPU_ROWS = 2_048, 1_000
+TILE_QUERIES, TILE_ROWS = 2_048, 1_000
 # torch leaves convolutions of at least this many images to oneDNN, whatever the number of threads.
 _CONVOLVED_IMAGES = 16
 # Elsewhere the product of a chunk of queries and the whole bank takes at most this many float32 elements (64 MiB).
@@ -244,7 +244,7 @@ class NearestNeighborScorer(MemoryBankScorer):
             # The batch, which is dynamic in an exported graph, is not to be cut into chunks.
             flat = queries.flatten(1, -2) if queries.ndim > 3 else queries
             size = max(1, _CHUNK_ELEMENTS // max(1, len(self.rows)))
-            banks = self.rows.split(_CPU_ROWS) if is_exporting else (self.rows,)
+            banks = self.rows.split(TILE_ROWS) if is_exporting else (self.rows,)
             chunks = [self._score((chunk @ rows.T for rows in banks), chunk) for chunk in flat.split(size, dim=-2)]
             return torch.cat(chunks, dim=-1).reshape(embeddings.shape[:-1])
 
@@ -283,8 +283,8 @@ class NearestNeighborScorer(MemoryBankScorer):
         """Return the scores ``[N]`` of prepared queries ``[N, Z + 1]``, by products that stay in a core's cache."""
         count = len(queries)
         queries = pad(queries, (0, 0, 0, _CONVOLVED_IMAGES - count % _CONVOLVED_IMAGES))
-        banks = self.rows.split(_CPU_ROWS)
-        chunks = queries.split(_CPU_QUERIES)
+        banks = self.rows.split(TILE_ROWS)
+        chunks = queries.split(TILE_QUERIES)
         return torch.cat([self._score((_multiply(chunk, rows) for rows in banks), chunk) for chunk in chunks])[:count]
 
     def _score(self, products: Iterable[torch.Tensor], queries: torch.Tensor) -> torch.Tensor:
