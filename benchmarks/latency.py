@@ -515,7 +515,7 @@ KINDS = ("pre-processing", "convolutions", "between", "kNN product", "maximum", 
 def profile(row: Row, threads: int, repetitions: int = 10) -> dict[str, float]:
     """Return the milliseconds for an image that OpenVINO spends on each kind of work in a row of Pedenet.
 
-    Nodes are told by type, by their place in the order of execution, and the search by a side as long as part of a bank.
+    Nodes are told by type, by their place in execution, and the search by a side as long as part of a bank.
     """
     import openvino
 

@@ -4,7 +4,7 @@
 """Exact nearest-neighbour scorer (Eq. 12): the distance of an embedding to the nearest one in a memory bank."""
 
 from collections.abc import Iterable
-from functools import reduce
+from functools import partial, reduce
 from typing import ClassVar
 
 import torch
@@ -160,6 +160,11 @@ def _multiply(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return products.permute(0, 2, 3, 1).reshape(len(queries), len(rows))
 
 
+def _largest(products: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the largest products ``[..., k]`` of ``[..., m]``, all where there are no more."""
+    return products.topk(min(count, products.shape[-1]), dim=-1).values
+
+
 class NearestNeighborScorer(MemoryBankScorer):
     """Euclidean distance to the nearest normal embedding, or the mean distance to the k nearest, exactly.
 
@@ -296,9 +301,10 @@ class NearestNeighborScorer(MemoryBankScorer):
         """
         queries = queries[..., : self.embedding_dim]
         count = min(self.num_neighbors, len(self.rows))
+        # map() lets go of a product before the next one is made, which then takes its place in the cache.
         if count == 1:
-            return to_distances(queries, reduce(torch.maximum, (product.amax(dim=-1) for product in products)))
-        best = torch.cat([product.topk(min(count, product.shape[-1]), dim=-1).values for product in products], dim=-1)
+            return to_distances(queries, reduce(torch.maximum, map(partial(torch.amax, dim=-1), products)))
+        best = torch.cat(list(map(partial(_largest, count=count), products)), dim=-1)
         best = best.topk(count, dim=-1).values  # [..., P, k]
         return to_distances(queries[..., None, :], best).mean(dim=-1)
 
