@@ -8,8 +8,28 @@ lies beyond the middle of the validation scores' range, as it does where defects
 threshold become 0. They are no longer told apart then: on a surface, pixel AUROC fell from 0.92 to 0.72 by that alone.
 """
 
+from typing import Any
+
 import torch
+from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
+
+
+class SyncedF1AdaptiveThreshold(F1AdaptiveThreshold):
+    """anomalib's threshold metric, for scores from several processes.
+
+    Gathered from them, labels are one tensor instead of a list of batches, and anomalib 2.7.0 would look at the pixels
+    one by one: half a minute and 5.6 GB for the 83 images of bottle.
+    """
+
+    preds: Any
+    target: Any
+
+    def compute(self) -> torch.Tensor:
+        """Return the threshold of the best F1 score."""
+        if isinstance(self.target, torch.Tensor):
+            self.preds, self.target = [self.preds], [self.target]
+        return super().compute()
 
 
 class PedenetPostProcessor(PostProcessor):
@@ -18,6 +38,11 @@ class PedenetPostProcessor(PostProcessor):
     On the side of the threshold where anomalib's formula would leave 0..1, the scores are pressed together just enough
     to end at 0 or 1. The other side is as anomalib's; the threshold is at 0.5.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as anomalib's
+        super().__init__(*args, **kwargs)
+        self._image_threshold_metric = SyncedF1AdaptiveThreshold(fields=["pred_score", "gt_label"], strict=False)
+        self._pixel_threshold_metric = SyncedF1AdaptiveThreshold(fields=["anomaly_map", "gt_mask"], strict=False)
 
     @staticmethod
     def _normalize(

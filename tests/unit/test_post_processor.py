@@ -4,6 +4,7 @@
 """The post-processor: anomalib's normalisation where that keeps the order of scores, and an order everywhere."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from anomalib.data import InferenceBatch
 from anomalib.post_processing import PostProcessor
 from hypothesis import given
 from hypothesis import strategies as st
+from torchmetrics.utilities import dim_zero_cat
 
 from anomalib_pedenet import Pedenet
-from anomalib_pedenet.post_processor import PedenetPostProcessor
+from anomalib_pedenet.post_processor import PedenetPostProcessor, SyncedF1AdaptiveThreshold
 
 
 def fitted(kind: type[PostProcessor], low: float, threshold: float, high: float) -> PostProcessor:
@@ -80,3 +82,21 @@ def test_without_a_validation_scores_stay_as_they_are() -> None:
 def test_missing_predictions_stay_missing() -> None:
     processor = fitted(PedenetPostProcessor, 0.0, 1.0, 2.0)
     assert processor(InferenceBatch(pred_score=torch.ones(1))).anomaly_map is None
+
+
+def test_scores_gathered_from_processes_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = SyncedF1AdaptiveThreshold(fields=["anomaly_map", "gt_mask"])
+    scores, labels = torch.rand(4, 8, 8), torch.zeros(4, 8, 8, dtype=torch.bool)
+    labels[3] = scores[3] > 0.5
+    metric.update(SimpleNamespace(anomaly_map=scores, gt_mask=labels))
+    expected = metric.compute()
+    metric.reset()
+    metric.update(SimpleNamespace(anomaly_map=scores, gt_mask=labels))
+    # As torchmetrics leaves them after gathering.
+    metric.preds, metric.target = dim_zero_cat(metric.preds), dim_zero_cat(metric.target)
+
+    def refuse(tensor: torch.Tensor) -> None:
+        pytest.fail(f"went through a tensor of {len(tensor)} elements")
+
+    monkeypatch.setattr(torch.Tensor, "__iter__", refuse)
+    assert metric.compute() == expected
