@@ -145,7 +145,7 @@ def to_distances(queries: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
     return (queries.square().sum(dim=-1) - 2 * products).clamp(min=0).sqrt()
 
 
-def _multiply(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def multiply_by_onednn(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Return the products ``[N, m]`` of queries ``[N, Z]`` and rows ``[m, Z]``, as a convolution of 1x1.
 
     torch computes it by oneDNN, and a matrix product by MKL, which leaves AVX-512 to Intel's processors: on others
@@ -289,8 +289,11 @@ class NearestNeighborScorer(MemoryBankScorer):
         count = len(queries)
         queries = pad(queries, (0, 0, 0, _CONVOLVED_IMAGES - count % _CONVOLVED_IMAGES))
         banks = self.rows.split(TILE_ROWS)
-        chunks = queries.split(TILE_QUERIES)
-        return torch.cat([self._score((_multiply(chunk, rows) for rows in banks), chunk) for chunk in chunks])[:count]
+        scores = [
+            self._score((multiply_by_onednn(chunk, rows) for rows in banks), chunk)
+            for chunk in queries.split(TILE_QUERIES)
+        ]
+        return torch.cat(scores)[:count]
 
     def _score(self, products: Iterable[torch.Tensor], queries: torch.Tensor) -> torch.Tensor:
         """Return the scores ``[..., P]`` of prepared queries ``[..., P, Z + 1]`` from their products with all rows.
