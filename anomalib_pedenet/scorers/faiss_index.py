@@ -29,6 +29,9 @@ _INDICES = ("flat", "ivf", "hnsw", "pq")
 # Bytes of a product-quantised row, at most.
 _LARGEST_CODE = 22
 
+# Bits of a product-quantised row's codes that faiss's GPU search takes.
+_GPU_CODE_BITS = (4, 5, 6, 8)
+
 # Rounds of k-means for a product quantiser, instead of faiss's 25: it has one for each byte.
 _QUANTIZER_ROUNDS = 10
 
@@ -45,7 +48,9 @@ class FaissScorer(MemoryBankScorer):
 
     An inverted file is searched in as many of its cells, and a graph with as long a list of candidates, as it takes to
     find the true nearest neighbour of ``recall`` of a sample of the bank's rows (themselves left out). On CUDA devices
-    the index is copied to the GPU, and takes and gives tensors without a detour; a graph stays on the CPU.
+    the index is copied to the GPU, and takes and gives tensors without a detour. A graph stays on the CPU, and so do
+    product-quantised rows whose codes are of 3 or 7 bits (fewer than 1,024 rows, and 8,192 to 16,383), for which faiss
+    has no GPU search.
 
     Args:
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
@@ -59,7 +64,7 @@ class FaissScorer(MemoryBankScorer):
             Defaults to ``1``.
         recall (float): Part of the nearest neighbours that are to be found, in (0, 1]. Defaults to ``0.95``.
         all_gpus (bool): On CUDA devices, whether the rows are divided among all GPUs instead of lying on the model's.
-            Defaults to ``False``.
+            Product-quantised rows are small, and always lie on the model's. Defaults to ``False``.
 
     Raises:
         ImportError: If faiss is not installed; the message names the extra that brings it.
@@ -225,11 +230,11 @@ class FaissScorer(MemoryBankScorer):
         if self._loaded is None or self._loaded[0] is not self.index_bytes or self._loaded[1] != device:
             check_index_bytes(self.index_bytes, self.digest, self.embedding_dim)
             index = faiss.deserialize_index(self.index_bytes.numpy())
-            if device.type == "cuda" and not _is_graph(faiss, index):
+            if device.type == "cuda" and not _stays_on_cpu(faiss, index):
                 index = _to_gpus(faiss, index, device, self.all_gpus)
             self._loaded = (self.index_bytes, device, index)
         index = self._loaded[2]
-        is_on_gpu = device.type == "cuda" and not _is_graph(faiss, index)
+        is_on_gpu = device.type == "cuda" and not _stays_on_cpu(faiss, index)
         return index, device if is_on_gpu else torch.device("cpu")
 
 
@@ -311,6 +316,12 @@ def _is_graph(faiss: ModuleType, index: Any) -> bool:  # noqa: ANN401
     return isinstance(index, faiss.IndexHNSW)
 
 
+def _stays_on_cpu(faiss: ModuleType, index: Any) -> bool:  # noqa: ANN401
+    """Return whether faiss cannot search an index on a GPU."""
+    index = _behind_transform(faiss, index)
+    return _is_graph(faiss, index) or (isinstance(index, faiss.IndexIVFPQ) and index.pq.nbits not in _GPU_CODE_BITS)
+
+
 def _to_gpus(faiss: ModuleType, index: Any, device: torch.device, all_gpus: bool) -> Any:  # noqa: ANN401
     """Return a copy of an index on a GPU, or with its rows divided among all GPUs.
 
@@ -320,6 +331,12 @@ def _to_gpus(faiss: ModuleType, index: Any, device: torch.device, all_gpus: bool
     if not hasattr(faiss, "StandardGpuResources"):
         msg = "The installed faiss has no GPU support: pip install 'anomalib-pedenet[faiss-gpu]' in place of faiss-cpu."
         raise ImportError(msg)
+    if isinstance(index, faiss.IndexIVFPQ):
+        # faiss's own copy keeps the rows in a layout that takes codes of 8 bits alone, and few numbers of them.
+        config = faiss.GpuIndexIVFPQConfig()
+        config.device = device.index or 0
+        config.interleavedLayout = True
+        return faiss.GpuIndexIVFPQ(faiss.StandardGpuResources(), index, config)
     if all_gpus:
         options = faiss.GpuMultipleClonerOptions()
         options.shard = True

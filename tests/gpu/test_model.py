@@ -21,6 +21,17 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 SMALL: dict[str, Any] = {"image_size": (144, 160), "max_steps": 6, "steps_per_image": 1, "crops_per_step": 1}
 
 
+@pytest.fixture(autouse=True)
+def _without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolve in float32, as a CPU does: by default cuDNN rounds their inputs to 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def load(checkpoint: Path, **arguments: Any) -> Pedenet:  # noqa: ANN401
+    """Load a model onto the CPU: by default it lies where it was saved from."""
+    return Pedenet.load_from_checkpoint(checkpoint, map_location="cpu", **arguments).eval()
+
+
 def datamodule(root: Path) -> MVTecAD:
     return MVTecAD(root=root, category="stripes", train_batch_size=3, eval_batch_size=2, num_workers=0)
 
@@ -39,7 +50,7 @@ def checkpoint(dataset_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_a_training_ends_with_a_bank_and_finite_scores(checkpoint: Path, dataset_root: Path) -> None:
-    model = Pedenet.load_from_checkpoint(checkpoint).eval()
+    model = load(checkpoint)
     assert model.model.is_fitted
     prediction = model(read_image(str(dataset_root / "stripes/test/square/000.png"))[None] / 255)
     assert prediction.anomaly_map.isfinite().all()
@@ -52,7 +63,9 @@ def test_metrics_are_those_of_a_cpu(checkpoint: Path, dataset_root: Path, tmp_pa
         (metrics[accelerator],) = engine(tmp_path / accelerator, accelerator).test(
             Pedenet(**SMALL), datamodule=datamodule(dataset_root), ckpt_path=checkpoint, verbose=False
         )
-    assert metrics[DEVICE] == pytest.approx(metrics["cpu"], abs=2e-3)
+    # The threshold is the score of an image, which rounding can carry to its other side, and F1 with it.
+    for name in ("pixel_AUROC", "image_AUROC"):
+        assert metrics[DEVICE][name] == pytest.approx(metrics["cpu"][name], abs=2e-3)
 
 
 def test_a_bank_is_that_of_a_cpu(checkpoint: Path, dataset_root: Path) -> None:
@@ -61,7 +74,7 @@ def test_a_bank_is_that_of_a_cpu(checkpoint: Path, dataset_root: Path) -> None:
     images = torch.stack([read_image(str(path)) for path in paths]) / 255
     banks = []
     for device in (DEVICE, "cpu"):
-        model = Pedenet.load_from_checkpoint(checkpoint, bank_size=200, coreset="uniform").eval()
+        model = load(checkpoint, bank_size=200, coreset="uniform")
         network = model.model.to(device).float()
         with torch.no_grad():
             prepared = model.pre_processor.transform(images).to(device)
@@ -79,7 +92,7 @@ def test_an_export_of_the_gpu_gives_on_it_what_the_checkpoint_gives(
     path = engine(tmp_path, DEVICE).export(Pedenet(), ExportType.TORCH, export_root=tmp_path, ckpt_path=checkpoint)
     image = dataset_root / "stripes/test/square/001.png"
     prediction = TorchInferencer(path, device=DEVICE).predict(image)
-    expected = Pedenet.load_from_checkpoint(checkpoint).eval()(read_image(str(image))[None] / 255)
+    expected = load(checkpoint)(read_image(str(image))[None] / 255)
     assert prediction.pred_score.item() == pytest.approx(expected.pred_score.item(), abs=2e-3)
     torch.testing.assert_close(
         prediction.anomaly_map.squeeze().cpu(), expected.anomaly_map.squeeze().cpu(), rtol=0, atol=2e-2
