@@ -355,10 +355,11 @@ def embedding_map(rows: pd.DataFrame, folder: Path, path: Path) -> bool:
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes, (category, arrays) in zip(grid.flat, kept.items(), strict=False):
         embeddings, shares = arrays["embeddings"].astype(np.float32), arrays["defect_share"]
+        # A crack crosses a patch of 32x32 on 5 to 9 % of it.
         pca = PCA(n_components=2).fit(embeddings[shares == 0])
         groups = {
             "patches without a defect": (embeddings[shares == 0], {"color": "0.6", "alpha": 0.4}),
-            "patches of which a defect covers a quarter or more": (embeddings[shares >= 0.25], {"color": "C3"}),
+            "patches of which a defect covers 5 % or more": (embeddings[shares >= 0.05], {"color": "C3"}),
         }
         for label, (members, style) in groups.items():
             places = pca.transform(members) if len(members) else np.empty((0, 2))
