@@ -198,6 +198,8 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if bool(options.images) == (options.camera is not None):
         parser.error("give either images or a --camera")
+    if not options.model.is_file():
+        parser.error(f"{options.model} cannot be used: there is no such file")
     if options.output is not None:
         output = options.output.resolve()
         for path in options.images:
