@@ -230,11 +230,11 @@ class FaissScorer(MemoryBankScorer):
         if self._loaded is None or self._loaded[0] is not self.index_bytes or self._loaded[1] != device:
             check_index_bytes(self.index_bytes, self.digest, self.embedding_dim)
             index = faiss.deserialize_index(self.index_bytes.numpy())
-            if device.type == "cuda" and not _stays_on_cpu(faiss, index):
+            if device.type == "cuda" and not stays_on_cpu(faiss, index):
                 index = _to_gpus(faiss, index, device, self.all_gpus)
             self._loaded = (self.index_bytes, device, index)
         index = self._loaded[2]
-        is_on_gpu = device.type == "cuda" and not _stays_on_cpu(faiss, index)
+        is_on_gpu = device.type == "cuda" and not stays_on_cpu(faiss, index)
         return index, device if is_on_gpu else torch.device("cpu")
 
 
@@ -259,6 +259,20 @@ def check_index_bytes(index_bytes: torch.Tensor, digest: torch.Tensor, embedding
             f"The checkpoint holds no faiss index of dimension {embedding_dim} (found {kind!r}, {dimension}); {remedy}"
         )
         raise ValueError(msg)
+
+
+def stays_on_cpu(faiss: ModuleType, index: Any) -> bool:  # noqa: ANN401
+    """Return whether faiss cannot search an index on a GPU.
+
+    Args:
+        faiss (ModuleType): The module faiss.
+        index (Any): An index.
+
+    Returns:
+        bool: True for a graph, and for product-quantised rows with codes of other lengths than the GPU search takes.
+    """
+    index = _behind_transform(faiss, index)
+    return _is_graph(faiss, index) or (isinstance(index, faiss.IndexIVFPQ) and index.pq.nbits not in _GPU_CODE_BITS)
 
 
 def _digest(index_bytes: torch.Tensor) -> torch.Tensor:
@@ -314,12 +328,6 @@ def _search_width(faiss: ModuleType, index: Any) -> tuple[str, int, int]:  # noq
 
 def _is_graph(faiss: ModuleType, index: Any) -> bool:  # noqa: ANN401
     return isinstance(index, faiss.IndexHNSW)
-
-
-def _stays_on_cpu(faiss: ModuleType, index: Any) -> bool:  # noqa: ANN401
-    """Return whether faiss cannot search an index on a GPU."""
-    index = _behind_transform(faiss, index)
-    return _is_graph(faiss, index) or (isinstance(index, faiss.IndexIVFPQ) and index.pq.nbits not in _GPU_CODE_BITS)
 
 
 def _to_gpus(faiss: ModuleType, index: Any, device: torch.device, all_gpus: bool) -> Any:  # noqa: ANN401

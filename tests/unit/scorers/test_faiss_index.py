@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from anomalib_pedenet.scorers import FaissScorer, NearestNeighborScorer
+from anomalib_pedenet.scorers.faiss_index import stays_on_cpu
 
 DIM = 16
 
@@ -59,6 +60,16 @@ def test_quantised_distances_are_near_and_the_bank_small() -> None:
     errors = (scorer(queries) / exact(rows)(queries) - 1).abs()
     assert errors.mean() < 0.2
     assert len(scorer.index_bytes) < 0.4 * rows.numel() * rows.element_size()
+
+
+@pytest.mark.parametrize(
+    ("index", "rows", "stays"),
+    [("pq", 600, True), ("pq", 5_000, False), ("pq", 9_000, True), ("pq", 17_000, False), ("hnsw", 600, True)],
+)
+def test_what_faiss_cannot_search_on_a_gpu_stays_on_the_cpu(index: str, rows: int, stays: bool) -> None:
+    faiss = pytest.importorskip("faiss")
+    index_bytes = fitted(clustered(rows), index=index, recall=0.1).index_bytes
+    assert stays_on_cpu(faiss, faiss.deserialize_index(index_bytes.numpy())) is stays
 
 
 def test_queries_whose_cells_are_empty_find_their_neighbors_elsewhere() -> None:
