@@ -63,7 +63,7 @@ _EMBEDDING_STRIDE = 8
 def hardware() -> str:
     """Return the processor, and the GPU if there is one."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{processor_name()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores{gpu}"
+    return f"{processor_name()}, {torch.get_num_threads()} of {os.cpu_count()} cores{gpu}"
 
 
 def measure_cost(model: AnomalibModule, image_size: Sequence[int]) -> dict[str, float]:
