@@ -484,7 +484,8 @@ def _reproduction(rows: pd.DataFrame) -> list[str]:
             "methods, and writes the same tables, and images, to `runs/reproduce/results.md`. "
             f"Measured with {versions}; {'; '.join(rows['hardware'].unique())}. "
             f"Seeds {seeds.replace(' ', ', ')}{fewer}. "
-            "Each run had as many of the cores as named, and whatever else the machine did on the others: times are rough."
+            "Each run had as many of the cores as named, and whatever else the machine did on the others: times are "
+            "rough."
         ),
     ]
 
