@@ -103,7 +103,8 @@ class FaissScorer(MemoryBankScorer):
         self.all_gpus = all_gpus
         self.register_buffer("index_bytes", torch.zeros(0, dtype=torch.uint8))  # the serialised index, on the CPU
         self.register_buffer("digest", torch.zeros(0, dtype=torch.uint8))  # their SHA-256, on the CPU
-        self._loaded: tuple[torch.Tensor, torch.device, Any] | None = None  # bytes, device and index of the last use
+        # Bytes, device and index of the last use, and the device that searches it.
+        self._loaded: tuple[torch.Tensor, torch.device, Any, torch.device] | None = None
 
     @property
     def is_fitted(self) -> bool:
@@ -230,12 +231,11 @@ class FaissScorer(MemoryBankScorer):
         if self._loaded is None or self._loaded[0] is not self.index_bytes or self._loaded[1] != device:
             check_index_bytes(self.index_bytes, self.digest, self.embedding_dim)
             index = faiss.deserialize_index(self.index_bytes.numpy())
+            searched_on = torch.device("cpu")
             if device.type == "cuda" and not stays_on_cpu(faiss, index):
-                index = _to_gpus(faiss, index, device, self.all_gpus)
-            self._loaded = (self.index_bytes, device, index)
-        index = self._loaded[2]
-        is_on_gpu = device.type == "cuda" and not stays_on_cpu(faiss, index)
-        return index, device if is_on_gpu else torch.device("cpu")
+                index, searched_on = _to_gpus(faiss, index, device, self.all_gpus), device
+            self._loaded = (self.index_bytes, device, index, searched_on)
+        return self._loaded[2:]
 
 
 def check_index_bytes(index_bytes: torch.Tensor, digest: torch.Tensor, embedding_dim: int) -> None:
