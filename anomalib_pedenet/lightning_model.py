@@ -12,7 +12,6 @@ Example:
     >>> engine.train(model=Pedenet(), datamodule=MVTecAD(category="bottle"))  # doctest: +SKIP
 """
 
-import contextlib
 import logging
 import math
 import time
@@ -51,11 +50,11 @@ from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.normal_images import HeldBack, NormalImages, check_varied, spread
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.post_processor import PedenetPostProcessor
-from anomalib_pedenet.sampling import EmbeddingSample, sample_dense, sample_patches
 from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.step_guard import MAX_SKIPPED_IN_ROW, StepGuard
 from anomalib_pedenet.torch_model import MIN_SCALE_WEIGHT, PedenetModel
 from anomalib_pedenet.training_state import origin, random_state, seed_generators, set_random_state
+from anomalib_pedenet.training_step import TrainingStep
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +207,8 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         covariance_jitter (float): Added to the covariances' diagonals. Defaults to ``1e-3``.
         train_precision (str): Arithmetic of the networks in training: ``"float32"``, ``"bfloat16"`` (autocast), or
             ``"auto"`` for bfloat16 where the device is fast at it. Scoring is not affected. Defaults to ``"auto"``.
+        cuda_graph (bool): Whether steps on a GPU are recorded and launched as a whole, which takes a fraction of the
+            time. Several processes, full covariances and patch-by-patch training do without. Defaults to ``True``.
         seed (int | None): Seed of weights and training, which make the same result then on the same machine and number
             of threads. ``None`` to draw from the program's generators. Defaults to ``None``.
         pre_trained (bool): Must be ``False``: Pedenet is trained from scratch and has no weights to load. Accepted so
@@ -273,6 +274,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         covariance_type: CovarianceType = "diag",
         covariance_jitter: float = 1e-3,
         train_precision: TrainPrecision = "auto",
+        cuda_graph: bool = True,
         seed: int | None = None,
         pre_trained: bool = False,
         pre_processor: PreProcessor | bool = True,
@@ -328,6 +330,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         self._shortened_to: int | None = None  # steps, where location prediction stayed at chance
         self._pool: ImagePool | None = None
         self._guard: StepGuard | None = None
+        self._step: TrainingStep | None = None
         self._skipped_in_row = 0
         self._loaded_training: list[dict[str, Any]] | None = None  # of a checkpoint, until the training goes on
         self._planned_random: dict[str, Any] | None = None  # from the start until the first batch
@@ -440,6 +443,9 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             check_varied(images)
             self.model.fit_standardization(images)
         self._guard = StepGuard(self.optimizers().optimizer, self.model)
+        # Several processes are left out: their gradients are exchanged as they come, which a graph would have to hold.
+        records = self.hparams.cuda_graph and self.trainer.world_size == 1
+        self._step = TrainingStep(self.model, self.loss, self.hparams, self._uses_bfloat16, records)
         self._origin = self._origin or origin(self.trainer)
         self._seed_training()
         self._resume(self._pool)
@@ -565,55 +571,10 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
 
     def _joint_loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss of one step on standardised images, over all scales, and detached scalars to report."""
-        total = torch.zeros((), device=images.device)
-        metrics: dict[str, torch.Tensor] = {}
-        with torch.autocast(images.device.type, torch.bfloat16) if self._uses_bfloat16 else contextlib.nullcontext():
-            for size, sample in self._sample(images).items():
-                logits = self.model.location_networks[str(size)](sample.centers, sample.neighbors)
-                has_defects = sample.defect_embeddings is not None
-                terms = self.loss(
-                    sample.embeddings,
-                    self.model.density_networks[str(size)](sample.embeddings),
-                    logits,
-                    sample.directions,
-                    density_scale=self._density_scale(),
-                    defect_logits=(
-                        self.model.defect_networks[str(size)](sample.defect_embeddings)[:, 0] if has_defects else None
-                    ),
-                    defect_labels=sample.defect_labels,
-                    jittered=sample.jittered,
-                )
-                total = total + terms.total
-                metrics |= {
-                    f"loss_den_{size}": terms.density.detach(),
-                    f"loss_lpn_{size}": terms.location.detach(),
-                    f"loss_reg_{size}": terms.regularization.detach(),
-                    f"loss_var_{size}": terms.variance.detach(),
-                    f"loss_syn_{size}": terms.synthetic.detach(),
-                    f"loss_svdd_{size}": terms.compactness.detach(),
-                    f"lp_accuracy_{size}": (logits.argmax(dim=-1) == sample.directions).float().mean(),
-                    f"spread_{size}": sample.embeddings.detach().float().std(dim=0).mean(),
-                }
-        return total, {"train_loss": total.detach(), **metrics}
-
-    def _sample(self, images: torch.Tensor) -> dict[int, EmbeddingSample]:
-        """Draw and embed the patches of one step."""
-        hparams = self.hparams
-        shared = {
-            "network": self.model.embedding_network,
-            "images": images,
-            "patch_sizes": self.model.patch_sizes,
-            "num_patches": hparams.patches_per_step,
-            "num_pairs": hparams.pairs_per_step,
-            "color_shift": hparams.color_shift,
-            "noise": hparams.noise,
-            "with_jitter": hparams.lambda_svdd > 0,
-        }
-        if hparams.training_mode == "patchwise":
-            return sample_patches(**shared)
-        return sample_dense(
-            **shared, num_crops=hparams.crops_per_step, crop_size=hparams.crop_size, with_defects=hparams.lambda_syn > 0
-        )
+        if self._step is None:
+            msg = "There is no training under way: train with anomalib's Engine or a Lightning Trainer."
+            raise RuntimeError(msg)
+        return self._step(images, self._density_scale())
 
     def _density_scale(self) -> float:
         """Return the factor on L_DEN and L_reg: 0 during the warm-up, then rising to 1 over the same time again."""
@@ -911,7 +872,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
     def on_train_end(self) -> None:
         """Rebuild the memory bank if training went on since it was built, and say what was learned."""
         self._refresh_bank()
-        self._pool = None
+        self._pool = self._step = None
         for size in self.model.patch_sizes if self._last_metrics else ():
             location = self._last_metrics[f"loss_lpn_{size}"]
             logger.info(

@@ -221,7 +221,7 @@ class PedenetLoss(nn.Module):
         responsibilities: torch.Tensor,
         logits: torch.Tensor,
         directions: torch.Tensor,
-        density_scale: float = 1.0,
+        density_scale: float | torch.Tensor = 1.0,
         defect_logits: torch.Tensor | None = None,
         defect_labels: torch.Tensor | None = None,
         jittered: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -233,7 +233,7 @@ class PedenetLoss(nn.Module):
             responsibilities (torch.Tensor): Output of the DE network for them, ``[N, K]``.
             logits (torch.Tensor): Output of the LP network for M pairs, ``[M, 8]``.
             directions (torch.Tensor): True neighbours of the pairs, ``[M]``, int64 in 0..7.
-            density_scale (float): Factor on lambda_1 and lambda_3, in [0, 1], for their warm-up.
+            density_scale (float | torch.Tensor): Factor on lambda_1 and lambda_3, in [0, 1], for their warm-up.
             defect_logits (torch.Tensor | None): Output of the defect prediction network for D patches, ``[D]``.
                 Needed, with the labels, if ``lambda_syn`` is above 0.
             defect_labels (torch.Tensor | None): 1 for patches with a drawn defect, else 0, float ``[D]``.

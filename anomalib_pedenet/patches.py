@@ -7,6 +7,7 @@ All sizes are ``(height, width)`` in pixels of the network's input. A patch's po
 choices are made on the tensors' own device and never read back, so a training step does not wait for them.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,12 +120,13 @@ def sample_neighbor_pairs(
         raise ValueError(msg)
     shape = (num_pairs,) if isinstance(num_pairs, int) else tuple(num_pairs)
     # Largest position along each axis and largest offset that fits, both in steps.
-    limits = torch.tensor([(side - patch_size) // step for side in image_size], device=device)  # [2]
+    limits = _vector([(side - patch_size) // step for side in image_size], device)  # [2]
     nearest = -(-(3 * patch_size // 4) // step)
     farthest = torch.clamp(limits, max=(patch_size - 1) // step)  # [2]
 
     directions = torch.randint(len(NEIGHBOR_DIRECTIONS), shape, device=device)
-    signs = torch.tensor(NEIGHBOR_DIRECTIONS, device=device)[directions]  # [..., 2]
+    cells = directions + (directions >= len(NEIGHBOR_DIRECTIONS) // 2)  # of the 3x3 around a patch, without its own
+    signs = torch.stack([cells // 3, cells % 3], dim=-1) - 1  # [..., 2]
     jitter = (torch.rand(*shape, 2, device=device) * (farthest - nearest + 1)).long()
     offsets = signs * (nearest + jitter)  # [..., 2]
     positions = _sample_pair_positions(offsets, limits)
@@ -156,7 +158,7 @@ def sample_jittered_pairs(
             ``[..., 2]`` each.
     """
     shape = (num_pairs,) if isinstance(num_pairs, int) else tuple(num_pairs)
-    limits = torch.tensor([(side - patch_size) // step for side in image_size], device=device)  # [2]
+    limits = _vector([(side - patch_size) // step for side in image_size], device)  # [2]
     reach = max(1, patch_size // 32 // step)
     side = 2 * reach + 1
     center = side * side // 2  # the one offset of a square of them that is none
@@ -165,6 +167,11 @@ def sample_jittered_pairs(
     offsets = torch.stack([drawn // side, drawn % side], dim=-1) - reach  # [..., 2]
     positions = _sample_pair_positions(offsets, limits)
     return positions * step, (positions + offsets) * step
+
+
+def _vector(values: Sequence[int], device: torch.device | None) -> torch.Tensor:
+    """Return whole numbers as a vector, filled on the device: a copy from the host would wait for all work before."""
+    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def _sample_pair_positions(offsets: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
@@ -199,9 +206,7 @@ def sample_positions(
     Returns:
         torch.Tensor: ``(row, column)`` in pixels, int64 ``[N, 2]``.
     """
-    limits = torch.tensor(
-        [side - window + 1 for side, window in zip(image_size, window_size, strict=True)], device=device
-    )
+    limits = _vector([side - window + 1 for side, window in zip(image_size, window_size, strict=True)], device)
     return (torch.rand(num_positions, 2, device=device) * limits).long()
 
 

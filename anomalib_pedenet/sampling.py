@@ -49,33 +49,62 @@ class EmbeddingSample(NamedTuple):
     jittered: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-def sample_dense(
-    network: PatchEmbeddingNetwork,
+def draw_views(
     images: torch.Tensor,
-    patch_sizes: Sequence[int],
     num_crops: int = 4,
     crop_size: int = 128,
-    num_patches: int = 1024,
-    num_pairs: int = 1024,
     color_shift: float = 0.1,
     noise: float = 0.1,
     with_defects: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw random crops, and see each in two disturbed views, and in a third with drawn defects.
+
+    Args:
+        images (torch.Tensor): Pre-processed images ``[B, C, H, W]``.
+        num_crops (int): Crops, each from another image as far as there are enough.
+        crop_size (int): Side of a crop in pixels; smaller images are taken whole.
+        color_shift (float): See :func:`anomalib_pedenet.patches.disturb`.
+        noise (float): See :func:`anomalib_pedenet.patches.disturb`.
+        with_defects (bool): Whether there is a third view of each crop.
+
+    Returns:
+        tuple[torch.Tensor, torch.Tensor]: The first views of all crops, the second, and the third,
+            ``[2 or 3 * num_crops, C, h, w]``; and the masks of the drawn defects, ``[num_crops, 1, h, w]``, or none,
+            ``[0, 1, h, w]``.
+    """
+    device = images.device
+    crop = (min(crop_size, images.shape[-2]), min(crop_size, images.shape[-1]))
+    # A permutation, repeated as often as needed, spreads the crops evenly over the images.
+    indices = torch.randperm(len(images), device=device).repeat(-(-num_crops // len(images)))[:num_crops]
+    crops = extract_patches(images, indices, sample_positions(num_crops, images.shape[-2:], crop, device), crop)
+    crops = crops.float()
+    views, masks = [crops, crops], crops.new_empty(0, 1, *crop)
+    if with_defects:
+        defective, masks = draw_defects(crops)
+        views.append(defective)
+    disturbed = torch.cat([disturb(view, color_shift, noise) for view in views])
+    return disturbed.contiguous(memory_format=torch.channels_last), masks
+
+
+def sample_dense(
+    network: PatchEmbeddingNetwork,
+    views: torch.Tensor,
+    masks: torch.Tensor,
+    patch_sizes: Sequence[int],
+    num_patches: int = 1024,
+    num_pairs: int = 1024,
     with_jitter: bool = False,
 ) -> dict[int, EmbeddingSample]:
-    """Embed random crops densely and draw patches and pairs from the result.
+    """Embed views of crops densely and draw patches and pairs from the result.
 
     Args:
         network (PatchEmbeddingNetwork): The PE network.
-        images (torch.Tensor): Pre-processed images ``[B, C, H, W]``.
+        views (torch.Tensor): Two or three views of each crop, see :func:`draw_views`.
+        masks (torch.Tensor): Masks of the third views' defects. If there are any, all patches of the third views and of
+            the first give ``defect_embeddings``.
         patch_sizes (Sequence[int]): Scales to sample.
-        num_crops (int): Crops, each from another image as far as there are enough.
-        crop_size (int): Side of a crop in pixels; smaller images are taken whole.
-        num_patches (int): Patches N for the density, over both views of all crops.
+        num_patches (int): Patches N for the density, over the first two views of all crops.
         num_pairs (int): Pairs M for location prediction, over all crops (rounded up to the same number for each).
-        color_shift (float): See :func:`anomalib_pedenet.patches.disturb`.
-        noise (float): See :func:`anomalib_pedenet.patches.disturb`.
-        with_defects (bool): Whether a third view of each crop, with drawn defects, gives ``defect_embeddings``: all
-            patches of that view and of the first one.
         with_jitter (bool): Whether as many pairs of nearly the same patch give ``jittered``: both of the first view, so
             that they differ by their place alone, one step of the dense grid (2 px) apart along each axis.
 
@@ -85,21 +114,10 @@ def sample_dense(
     Raises:
         ValueError: If the crops are too small for a pair of patches.
     """
-    device = images.device
-    crop = (min(crop_size, images.shape[-2]), min(crop_size, images.shape[-1]))
-    # A permutation, repeated as often as needed, spreads the crops evenly over the images.
-    indices = torch.randperm(len(images), device=device).repeat(-(-num_crops // len(images)))[:num_crops]
-    crops = extract_patches(images, indices, sample_positions(num_crops, images.shape[-2:], crop, device), crop)
-    crops = crops.float()
-    views = [crops, crops]
-    if with_defects:
-        defective, masks = draw_defects(crops)
-        views.append(defective)
-    grids = network.embed_dense(
-        torch.cat([disturb(view, color_shift, noise) for view in views]).contiguous(memory_format=torch.channels_last),
-        stride=BASE_STRIDE,
-        patch_sizes=patch_sizes,
-    )
+    with_defects = len(masks) > 0
+    num_crops, device = len(views) // (3 if with_defects else 2), views.device
+    crop = (views.shape[-2], views.shape[-1])
+    grids = network.embed_dense(views, stride=BASE_STRIDE, patch_sizes=patch_sizes)
 
     samples: dict[int, EmbeddingSample] = {}
     for size, grid in grids.items():

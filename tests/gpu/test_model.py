@@ -49,6 +49,41 @@ def checkpoint(dataset_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return Path(trained.best_model_path)
 
 
+def test_a_recorded_step_is_that_of_single_launches(
+    dataset_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same crops, losses and running averages, so that recording itself leaves no trace."""
+    options = SMALL | {"seed": 0, "train_precision": "float32", "density_warmup": 0.0, "max_steps": 2}
+    losses, averages = [], []
+    for cuda_graph in (True, False):
+        with caplog.at_level("INFO", "anomalib_pedenet"):
+            trained = engine(tmp_path / str(cuda_graph), DEVICE)
+            trained.fit(Pedenet(**options, cuda_graph=cuda_graph), datamodule=datamodule(dataset_root))
+        assert ("recorded as a CUDA graph" in caplog.text) == cuda_graph
+        caplog.clear()
+        metrics = trained.trainer.callback_metrics
+        losses.append({name: value.item() for name, value in metrics.items() if name.startswith(("loss_", "train_"))})
+        averages.append({n: b.float() for n, b in trained.model.model.named_buffers() if "small_encoder" in n})
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3, abs=1e-5)
+    for name, average in averages[0].items():
+        torch.testing.assert_close(average, averages[1][name], rtol=2e-3, atol=1e-3)
+
+
+def test_steps_that_cannot_be_recorded_are_launched_one_by_one(
+    dataset_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        msg = "operation not permitted when stream is capturing"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    trained = engine(tmp_path, DEVICE)
+    with caplog.at_level("WARNING", "anomalib_pedenet"):
+        trained.fit(Pedenet(**SMALL), datamodule=datamodule(dataset_root))
+    assert "could not be recorded" in caplog.text
+    assert trained.trainer.global_step == SMALL["max_steps"]
+
+
 def test_a_training_ends_with_a_bank_and_finite_scores(checkpoint: Path, dataset_root: Path) -> None:
     model = load(checkpoint)
     assert model.model.is_fitted

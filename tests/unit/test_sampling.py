@@ -4,6 +4,7 @@
 """Sampling for a training step: what the dense way gives must be what the patch-by-patch way gives."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from anomalib_pedenet import sampling
 from anomalib_pedenet.networks import PatchEmbeddingNetwork
 from anomalib_pedenet.patches import NEIGHBOR_DIRECTIONS, sample_jittered_pairs, sample_neighbor_pairs
-from anomalib_pedenet.sampling import sample_dense, sample_patches
+from anomalib_pedenet.sampling import draw_views, sample_dense, sample_patches
 
 
 @pytest.fixture
@@ -20,10 +21,24 @@ def network() -> PatchEmbeddingNetwork:
     return PatchEmbeddingNetwork().eval()  # in training mode, batch normalisation mixes the patches of a batch
 
 
+def sample_crops(
+    network: PatchEmbeddingNetwork,
+    images: torch.Tensor,
+    patch_sizes: tuple[int, ...],
+    num_patches: int = 1024,
+    num_pairs: int = 1024,
+    with_jitter: bool = False,
+    **drawing: Any,  # noqa: ANN401
+) -> dict[int, sampling.EmbeddingSample]:
+    """Draw views and sample them, as a step does."""
+    views, masks = draw_views(images, **drawing)
+    return sample_dense(network, views, masks, patch_sizes, num_patches, num_pairs, with_jitter)
+
+
 @pytest.mark.parametrize("num_images", [1, 3, 6])
 def test_shapes_and_gradients(network: PatchEmbeddingNetwork, num_images: int) -> None:
     images = torch.randn(num_images, 3, 130, 150)
-    dense = sample_dense(network, images, (32, 64), num_crops=4, num_patches=50, num_pairs=30)
+    dense = sample_crops(network, images, (32, 64), num_crops=4, num_patches=50, num_pairs=30)
     separate = sample_patches(network, images, (32, 64), num_patches=50, num_pairs=30)
     for samples, num_pairs in ((dense, 32), (separate, 30)):  # 30 pairs over 4 crops are 8 each
         for sample in samples.values():
@@ -47,7 +62,7 @@ def test_dense_pairs_are_the_embeddings_of_neighbouring_patches(
 
     monkeypatch.setattr(sampling, "sample_neighbor_pairs", recording)
     image = torch.randn(1, 3, 128, 128)
-    samples = sample_dense(network, image, (32, 64), num_crops=2, num_pairs=16, color_shift=0.0, noise=0.0)
+    samples = sample_crops(network, image, (32, 64), num_crops=2, num_pairs=16, color_shift=0.0, noise=0.0)
     for (size, sample), pairs in zip(samples.items(), drawn, strict=True):
         for embeddings, positions in ((sample.centers, pairs.positions), (sample.neighbors, pairs.neighbor_positions)):
             patches = [image[0, :, r : r + size, c : c + size] for r, c in positions.flatten(0, 1).tolist()]
@@ -59,7 +74,7 @@ def test_dense_pairs_are_the_embeddings_of_neighbouring_patches(
 def test_the_two_patches_of_a_pair_are_disturbed_independently(network: PatchEmbeddingNetwork) -> None:
     """On a constant image all patches are equal, so embeddings differ by the disturbance alone."""
     image = torch.zeros(1, 3, 128, 128)
-    for sample_function in (sample_dense, sample_patches):
+    for sample_function in (sample_crops, sample_patches):
         (sample,) = sample_function(network, image, (64,), num_pairs=8, color_shift=0.5, noise=0.0).values()
         assert (sample.centers - sample.neighbors).abs().amax(dim=1).min() > 1e-3
         (sample,) = sample_function(network, image, (64,), num_pairs=8, color_shift=0.0, noise=0.0).values()
@@ -71,7 +86,7 @@ def test_defects_are_drawn_on_a_third_view(network: PatchEmbeddingNetwork) -> No
     torch.manual_seed(1)
     image = torch.randn(1, 3, 128, 128)
     options = {"num_crops": 2, "num_pairs": 8, "num_patches": 200, "color_shift": 0.0, "noise": 0.0}
-    samples = sample_dense(network, image, (32, 64), **options, with_defects=True)
+    samples = sample_crops(network, image, (32, 64), **options, with_defects=True)
     for size, sample in samples.items():
         patches = image[0].unfold(1, size, 2).unfold(2, size, 2).permute(1, 2, 0, 3, 4).flatten(0, 1)
         clean = network(patches)
@@ -85,10 +100,10 @@ def test_defects_are_drawn_on_a_third_view(network: PatchEmbeddingNetwork) -> No
         exact = "donot_use_mm_for_euclid_dist"
         is_clean = torch.cdist(sample.embeddings, clean, compute_mode=exact).amin(dim=1) < 1e-3
         assert is_clean.all()
-    assert sample_dense(network, image, (64,), **options)[64].defect_embeddings is None
+    assert sample_crops(network, image, (64,), **options)[64].defect_embeddings is None
 
 
-@pytest.mark.parametrize("sample_function", [sample_dense, sample_patches])
+@pytest.mark.parametrize("sample_function", [sample_crops, sample_patches])
 def test_jittered_pairs_are_the_embeddings_of_nearly_the_same_patch(
     network: PatchEmbeddingNetwork,
     monkeypatch: pytest.MonkeyPatch,
@@ -103,7 +118,7 @@ def test_jittered_pairs_are_the_embeddings_of_nearly_the_same_patch(
 
     monkeypatch.setattr(sampling, "sample_jittered_pairs", recording)
     image = torch.randn(1, 3, 128, 128)
-    disturbance = 0.0 if sample_function is sample_dense else 0.5
+    disturbance = 0.0 if sample_function is sample_crops else 0.5
     options = {"num_pairs": 16, "color_shift": disturbance, "noise": disturbance}
     samples = sample_function(network, image, (32, 64), **options, with_jitter=True)
     for (size, sample), pairs in zip(samples.items(), drawn, strict=True):
@@ -115,7 +130,7 @@ def test_jittered_pairs_are_the_embeddings_of_nearly_the_same_patch(
     assert sample_function(network, image, (64,), **options)[64].jittered is None
 
 
-@pytest.mark.parametrize("sample_function", [sample_dense, sample_patches])
+@pytest.mark.parametrize("sample_function", [sample_crops, sample_patches])
 def test_without_jittered_pairs_nothing_more_is_drawn(
     network: PatchEmbeddingNetwork, sample_function: Callable[..., dict[int, sampling.EmbeddingSample]]
 ) -> None:
@@ -133,11 +148,11 @@ def test_without_jittered_pairs_nothing_more_is_drawn(
 
 
 def test_small_images_are_taken_whole(network: PatchEmbeddingNetwork) -> None:
-    samples = sample_dense(network, torch.randn(2, 3, 112, 120), (64,), crop_size=256, num_pairs=8)
+    samples = sample_crops(network, torch.randn(2, 3, 112, 120), (64,), crop_size=256, num_pairs=8)
     assert samples[64].centers.shape == (8, 64)
 
 
 def test_images_too_small_for_a_pair_are_refused(network: PatchEmbeddingNetwork) -> None:
-    for sample_function in (sample_dense, sample_patches):
+    for sample_function in (sample_crops, sample_patches):
         with pytest.raises(ValueError, match="at least 112x112 px"):
             sample_function(network, torch.randn(2, 3, 100, 200), (64,))

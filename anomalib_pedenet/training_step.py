@@ -1,0 +1,193 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The loss of a training step: from images to the joint loss of all scales, on a GPU by a CUDA graph.
+
+A step is some two thousand small operations, which a GPU makes in a fraction of the time that the host takes to launch
+them. What follows the drawing of crops and defects is the same in every step, so it is recorded once, with its
+gradients, and launched as a whole from then on.
+
+Reference:
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from anomalib_pedenet.loss import PedenetLoss
+from anomalib_pedenet.sampling import EmbeddingSample, draw_views, sample_dense, sample_patches
+from anomalib_pedenet.torch_model import PedenetModel
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingStep:
+    """Computes the loss of a step from the images to draw from.
+
+    Args:
+        model (PedenetModel): Model to train.
+        loss (PedenetLoss): Loss of one scale.
+        hparams (Mapping[str, Any]): Hyper-parameters of :class:`anomalib_pedenet.Pedenet`.
+        uses_bfloat16 (bool): Whether the networks compute in bfloat16 (autocast).
+        records (bool): Whether to record a CUDA graph in the first step, where the device and the loss allow it.
+
+    Example:
+        >>> from anomalib_pedenet import Pedenet
+        >>> pedenet = Pedenet(lambda_syn=0.0)
+        >>> step = TrainingStep(pedenet.model, pedenet.loss, pedenet.hparams, uses_bfloat16=False, records=False)
+        >>> loss, metrics = step(torch.randn(2, 3, 128, 128), density_scale=1.0)
+        >>> loss.requires_grad, "loss_lpn_64" in metrics
+        (True, True)
+    """
+
+    def __init__(
+        self,
+        model: PedenetModel,
+        loss: PedenetLoss,
+        hparams: Mapping[str, Any],
+        uses_bfloat16: bool,
+        records: bool,
+    ) -> None:
+        self._hparams = hparams
+        self._patch_sizes = model.patch_sizes
+        self._joint = _JointLoss(model, loss, hparams, uses_bfloat16)
+        # A full covariance is factorised, and the host asks whether that went well.
+        self._records = records and hparams["training_mode"] == "dense" and hparams["covariance_type"] == "diag"
+
+    def __call__(self, images: torch.Tensor, density_scale: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Draw patches and compute their loss.
+
+        Args:
+            images (torch.Tensor): Standardised images ``[B, C, H, W]``.
+            density_scale (float): Factor on L_DEN and L_reg, in [0, 1].
+
+        Returns:
+            tuple[torch.Tensor, dict[str, torch.Tensor]]: Loss of all scales, and detached scalars to report.
+
+        Raises:
+            ValueError: If the images are too small, or a covariance is not positive definite.
+        """
+        hparams = self._hparams
+        scale = torch.full((), density_scale, device=images.device)
+        disturbance = {"color_shift": hparams["color_shift"], "noise": hparams["noise"]}
+        if hparams["training_mode"] == "patchwise":
+            with self._joint.precision(images.device):
+                samples = sample_patches(
+                    self._joint.embedding_network,
+                    images,
+                    self._patch_sizes,
+                    num_patches=hparams["patches_per_step"],
+                    num_pairs=hparams["pairs_per_step"],
+                    with_jitter=hparams["lambda_svdd"] > 0,
+                    **disturbance,
+                )
+                total, values = self._joint.of_samples(samples, scale)
+        else:
+            views, masks = draw_views(
+                images,
+                hparams["crops_per_step"],
+                hparams["crop_size"],
+                with_defects=hparams["lambda_syn"] > 0,
+                **disturbance,
+            )
+            if self._records and images.is_cuda and not torch.is_autocast_enabled("cuda"):
+                self._records = False
+                self._record(views, masks, scale)
+            total, values = self._joint(views, masks, scale)
+        # A graph writes its results to the same memory each time.
+        return total, dict(zip(self._joint.names, values.clone().unbind(), strict=True))
+
+    def _record(self, *inputs: torch.Tensor) -> None:
+        """Replace the joint loss of drawn views, and its gradients, by a CUDA graph."""
+        state = [buffer.clone() for buffer in self._joint.buffers()]
+        try:
+            with torch.random.fork_rng([inputs[0].device]):
+                torch.cuda.make_graphed_callables(self._joint, inputs, allow_unused_input=True)
+        except RuntimeError as error:
+            logger.warning("Training steps could not be recorded as a CUDA graph and take longer: %s", error)
+        else:
+            logger.info("Training steps are recorded as a CUDA graph.")
+        # Recording makes some steps to warm up: batch normalisation must not remember them.
+        for buffer, value in zip(self._joint.buffers(), state, strict=True):
+            buffer.copy_(value)
+
+
+class _JointLoss(nn.Module):
+    """The loss of drawn views over all scales: whatever of a step is the same each time.
+
+    Args:
+        model (PedenetModel): Model to train.
+        loss (PedenetLoss): Loss of one scale.
+        hparams (Mapping[str, Any]): Hyper-parameters.
+        uses_bfloat16 (bool): Whether the networks compute in bfloat16 (autocast).
+    """
+
+    def __init__(self, model: PedenetModel, loss: PedenetLoss, hparams: Mapping[str, Any], uses_bfloat16: bool) -> None:
+        super().__init__()
+        self.embedding_network = model.embedding_network
+        self.density_networks = model.density_networks
+        self.location_networks = model.location_networks
+        self.defect_networks = model.defect_networks
+        self.loss = loss
+        self._sizes = model.patch_sizes
+        self._options = {
+            "num_patches": hparams["patches_per_step"],
+            "num_pairs": hparams["pairs_per_step"],
+            "with_jitter": hparams["lambda_svdd"] > 0,
+        }
+        self._uses_bfloat16 = uses_bfloat16
+        # Patch by patch the small encoder's weights are used several times in a step; and a graph must not keep them.
+        self._keeps_casts = hparams["training_mode"] == "patchwise"
+        scalars = ("loss_den", "loss_lpn", "loss_reg", "loss_var", "loss_syn", "loss_svdd", "lp_accuracy", "spread")
+        self.names = ["train_loss", *(f"{name}_{size}" for size in self._sizes for name in scalars)]
+
+    def precision(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """Return the context in which the networks are to compute."""
+        if self._uses_bfloat16:
+            return torch.autocast(device.type, torch.bfloat16, cache_enabled=self._keeps_casts)
+        return contextlib.nullcontext()
+
+    def forward(
+        self, views: torch.Tensor, masks: torch.Tensor, density_scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of views, see :func:`anomalib_pedenet.sampling.draw_views`, and the scalars to report."""
+        with self.precision(views.device):
+            samples = sample_dense(self.embedding_network, views, masks, self._sizes, **self._options)
+            return self.of_samples(samples, density_scale)
+
+    def of_samples(
+        self, samples: Mapping[int, EmbeddingSample], density_scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of embeddings, and the scalars to report in the order of ``names``."""
+        total = torch.zeros((), device=density_scale.device)
+        scalars: list[torch.Tensor] = []
+        for size, sample in samples.items():
+            logits = self.location_networks[str(size)](sample.centers, sample.neighbors)
+            has_defects = sample.defect_embeddings is not None
+            terms = self.loss(
+                sample.embeddings,
+                self.density_networks[str(size)](sample.embeddings),
+                logits,
+                sample.directions,
+                density_scale=density_scale,
+                defect_logits=self.defect_networks[str(size)](sample.defect_embeddings)[:, 0] if has_defects else None,
+                defect_labels=sample.defect_labels,
+                jittered=sample.jittered,
+            )
+            total = total + terms.total
+            scalars += [
+                terms.density,
+                terms.location,
+                terms.regularization,
+                terms.variance,
+                terms.synthetic,
+                terms.compactness,
+                (logits.argmax(dim=-1) == sample.directions).float().mean(),
+                sample.embeddings.float().std(dim=0).mean(),
+            ]
+        return total, torch.stack([total, *scalars]).detach()
