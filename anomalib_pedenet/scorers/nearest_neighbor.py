@@ -129,7 +129,7 @@ def round_bank(bank: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, to
 
 def append_ones(queries: torch.Tensor, count: int = 1) -> torch.Tensor:
     """Return queries q ``[..., Z]`` as ``[q, 1]``, see :func:`append_norms`, or with more ones."""
-    return torch.cat([queries, torch.ones_like(queries[..., :count])], dim=-1)
+    return torch.cat([queries, *[torch.ones_like(queries[..., :1])] * count], dim=-1)
 
 
 def to_distances(queries: torch.Tensor, products: torch.Tensor) -> torch.Tensor:

@@ -132,6 +132,16 @@ def test_typical_score_is_the_mean_distance_to_the_nearest_other_row() -> None:
     assert fitted(bank).typical_score.item() == pytest.approx(distances.min(dim=1).values.mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("dim", [1, 2, 64])
+def test_a_rounded_bank_is_searched_exactly(dim: int) -> None:
+    """Of whatever dimension, also of fewer than the two numbers that a norm is kept in."""
+    scorer, queries = fitted(torch.randn(500, dim)), torch.randn(20, dim)
+    scorer.round_to_half()
+    bank = scorer.bank + scorer.mean
+    torch.testing.assert_close(bank.half().float(), bank, rtol=0, atol=2e-3)
+    torch.testing.assert_close(scorer(queries), brute_force(queries, bank), rtol=1e-3, atol=2e-3)
+
+
 def test_autocast_does_not_touch_distances() -> None:
     scorer, queries = fitted(torch.randn(500, 64)), torch.randn(20, 64)
     with torch.autocast("cpu", torch.bfloat16):
