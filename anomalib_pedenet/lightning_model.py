@@ -476,8 +476,8 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         self._planned_random = None
         optimizer = self.optimizers()
         remaining = max(0, self._planned_steps - self.trainer.global_step)
-        pool, guard = self._pool, self._guard
-        if pool is None or guard is None:
+        pool, guard, step = self._pool, self._guard, self._step
+        if pool is None or guard is None or step is None:
             msg = "There is no pool of training images: train with anomalib's Engine or a Lightning Trainer."
             raise RuntimeError(msg)
         chosen = range(len(batch.image)) if self._held_back is None else self._held_back.trainable(batch)
@@ -490,7 +490,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             self._is_bank_stale = True
             guard.begin()
             with naming_files(batch):
-                loss, metrics = self._joint_loss(pool.images)
+                loss, metrics = self._joint_loss(step, pool.images)
             optimizer.zero_grad()
             self.manual_backward(loss)
             # Gradients are means over the processes already, so that all of them skip a step or none.
@@ -569,12 +569,9 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
                 schedule.step()
         return [step for step, is_skipped in zip(history, flags, strict=True) if not is_skipped]
 
-    def _joint_loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _joint_loss(self, step: TrainingStep, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss of one step on standardised images, over all scales, and detached scalars to report."""
-        if self._step is None:
-            msg = "There is no training under way: train with anomalib's Engine or a Lightning Trainer."
-            raise RuntimeError(msg)
-        return self._step(images, self._density_scale())
+        return step(images, self._density_scale())
 
     def _density_scale(self) -> float:
         """Return the factor on L_DEN and L_reg: 0 during the warm-up, then rising to 1 over the same time again."""

@@ -54,7 +54,6 @@ class TrainingStep:
         records: bool,
     ) -> None:
         self._hparams = hparams
-        self._patch_sizes = model.patch_sizes
         self._joint = _JointLoss(model, loss, hparams, uses_bfloat16)
         # A full covariance is factorised, and the host asks whether that went well.
         self._records = records and hparams["training_mode"] == "dense" and hparams["covariance_type"] == "diag"
@@ -80,10 +79,8 @@ class TrainingStep:
                 samples = sample_patches(
                     self._joint.embedding_network,
                     images,
-                    self._patch_sizes,
-                    num_patches=hparams["patches_per_step"],
-                    num_pairs=hparams["pairs_per_step"],
-                    with_jitter=hparams["lambda_svdd"] > 0,
+                    self._joint.patch_sizes,
+                    **self._joint.drawn,
                     **disturbance,
                 )
                 total, values = self._joint.of_samples(samples, scale)
@@ -134,8 +131,8 @@ class _JointLoss(nn.Module):
         self.location_networks = model.location_networks
         self.defect_networks = model.defect_networks
         self.loss = loss
-        self._sizes = model.patch_sizes
-        self._options = {
+        self.patch_sizes = model.patch_sizes
+        self.drawn = {
             "num_patches": hparams["patches_per_step"],
             "num_pairs": hparams["pairs_per_step"],
             "with_jitter": hparams["lambda_svdd"] > 0,
@@ -144,7 +141,7 @@ class _JointLoss(nn.Module):
         # Patch by patch the small encoder's weights are used several times in a step; and a graph must not keep them.
         self._keeps_casts = hparams["training_mode"] == "patchwise"
         scalars = ("loss_den", "loss_lpn", "loss_reg", "loss_var", "loss_syn", "loss_svdd", "lp_accuracy", "spread")
-        self.names = ["train_loss", *(f"{name}_{size}" for size in self._sizes for name in scalars)]
+        self.names = ["train_loss", *(f"{name}_{size}" for size in self.patch_sizes for name in scalars)]
 
     def precision(self, device: torch.device) -> contextlib.AbstractContextManager:
         """Return the context in which the networks are to compute."""
@@ -157,7 +154,7 @@ class _JointLoss(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of views, see :func:`anomalib_pedenet.sampling.draw_views`, and the scalars to report."""
         with self.precision(views.device):
-            samples = sample_dense(self.embedding_network, views, masks, self._sizes, **self._options)
+            samples = sample_dense(self.embedding_network, views, masks, self.patch_sizes, **self.drawn)
             return self.of_samples(samples, density_scale)
 
     def of_samples(

@@ -138,17 +138,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     watch, counting = Watch(options.steps), OperationCounter()
     model, engine = train(options, watch, watch.num_steps)
     device = engine.trainer.strategy.root_device
-    memory = (
-        torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     train(options, counting, 2, cuda_graph=False)  # the operations in a graph cannot be seen
     dtype = torch.bfloat16 if model._uses_bfloat16 else torch.float32  # noqa: SLF001 - what "auto" chose
     low, median, high = statistics.quantiles(watch.seconds, n=4)
     operations = counting.counter.get_total_flops()
     peak = matrix_throughput(dtype, device)
-    on_gpu = device.type == "cuda"
     order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
     print(watch.profiler.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=40))
     return {

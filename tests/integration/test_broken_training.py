@@ -17,6 +17,7 @@ from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_pedenet import Pedenet
+from anomalib_pedenet.training_step import TrainingStep
 from tests.integration.conftest import write_dataset
 from tests.integration.trainings import SMALL
 
@@ -35,13 +36,13 @@ class Poisoned(Pedenet):
             {"state": self.model.state_dict(), "optimizer": self.optimizers().optimizer.state_dict()["state"]}
         )
 
-    def _joint_loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _joint_loss(self, step: TrainingStep, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         self.before.append(self.snapshot())
         if self.num_losses in self.poisoned:
             images = torch.full_like(images, 60_000)  # in float16; the convolutions' activations then overflow
             for parameter in self.model.embedding_network.small_encoder[0].parameters():
                 parameter.data *= 1e34
-        loss, metrics = super()._joint_loss(images)
+        loss, metrics = super()._joint_loss(step, images)
         if self.num_losses in self.poisoned:
             for name, parameter in self.model.embedding_network.small_encoder[0].named_parameters():
                 key = f"embedding_network.small_encoder.0.{name}"

@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_pedenet import Pedenet, PedenetModel
 from anomalib_pedenet.criterion import draw_test_defects, drawn_defect_auroc
+from anomalib_pedenet.training_step import TrainingStep
 from tests.integration.conftest import write_dataset
 
 SMALL = {
@@ -44,9 +45,9 @@ class PoolRecorder(Pedenet):
         super().__init__(**options)
         self.pool_sizes: list[int] = []
 
-    def _joint_loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _joint_loss(self, step: TrainingStep, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         self.pool_sizes.append(len(images))
-        return super()._joint_loss(images)
+        return super()._joint_loss(step, images)
 
 
 def train(datamodule: MVTecAD, root: Path, model: Pedenet, *callbacks: Callback, **trainer: Any) -> Engine:  # noqa: ANN401
