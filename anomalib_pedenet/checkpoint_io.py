@@ -3,11 +3,13 @@
 
 """Checkpoint files: written whole or not at all, and checked to the last byte before anything in them is used."""
 
+import inspect
 import os
 import pickle
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,8 +17,13 @@ from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
+from anomalib_pedenet.post_processor import THRESHOLDS
+
 # Bit of an archive's entry that makes it a folder.
 _FOLDER = 0x10
+
+LIMIT = "model.normal_limit"
+"""Name of the highest score of normal images in a checkpoint."""
 
 NETWORK = "model.embedding_network."
 """First part of the names of the weights that every checkpoint of this model has."""
@@ -89,6 +96,59 @@ def _find_damage(path: str | Path) -> str:
             return f"damaged (the checksum of {damaged})" if damaged else ""
     except Exception as error:  # noqa: BLE001 - zipfile and zlib raise many types on headers that are not what they were
         return f"damaged ({type(error).__name__}: {error})"
+
+
+def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
+    """Bring the thresholds of a checkpoint of an earlier version, whose scores had no limit, into 0..1.
+
+    Args:
+        checkpoint (dict[str, Any]): Loaded checkpoint, which is changed.
+    """
+    state = checkpoint["state_dict"]
+    if LIMIT in state:
+        return
+    state[LIMIT] = torch.ones(())
+    for name in THRESHOLDS:
+        if f"post_processor.{name}" in state:
+            score = state[f"post_processor.{name}"]
+            state[f"post_processor.{name}"] = score / (score + 1)
+
+
+def saved_hyper_parameters(path: str | Path, weights_only: bool, safe_globals: Sequence[Any]) -> dict[str, Any]:
+    """Return the hyper-parameters in a checkpoint.
+
+    Args:
+        path (str | Path): Path of the checkpoint, which has been checked.
+        weights_only (bool): As in :func:`check_checkpoint_file`.
+        safe_globals (Sequence[Any]): Likewise, ``extra_safe_globals``.
+
+    Returns:
+        dict[str, Any]: By name; none if the file is not here, but somewhere that Lightning knows.
+    """
+    if not Path(path).is_file():
+        return {}
+    with anomalib_safe_globals(extra=safe_globals):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+    return dict(checkpoint.get("hyper_parameters", {}))
+
+
+def engine_frame(method: str) -> FrameType | None:
+    """Return the frame of a method of anomalib's ``Engine`` from which this is called, if it is.
+
+    ``Engine.export`` and ``Engine.train`` do not hand on what a model has to know: only their frames have it.
+
+    Args:
+        method (str): Name of the method.
+
+    Returns:
+        FrameType | None: Its frame.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == ("anomalib.engine.engine", method):
+            return frame
+        frame = frame.f_back
+    return None
 
 
 class CheckedCheckpointIO(AnomalibCheckpointIO):

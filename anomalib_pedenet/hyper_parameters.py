@@ -15,6 +15,19 @@ from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.scorers.nearest_neighbor import check_bank_size
 from anomalib_pedenet.torch_model import default_scored_sizes
 
+DEFAULT_STRIDE = 8
+DEFAULT_COMBINATION: Combination = "product"
+DEFAULT_SCORER = "exact"
+
+Purpose = Literal["load", "resume", "evaluate", "export"]
+"""What a checkpoint is read for: by ``load_from_checkpoint``, to go on training, to score images, to be exported."""
+
+# What each argument is of; all others are of the training. See `check_changes`.
+_FIXED = ("image_size", "patch_sizes", "scored_sizes", "embedding_dim", "num_components", "batch_norm")
+_OF_A_WHOLE_TRAINING = ("seed", "learning_rate", "lr_schedule")
+_OF_THE_BANK = ("scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight")
+_OF_SCORING = ("stride", "combination")
+
 TrainingMode = Literal["dense", "patchwise"]
 LearningRateSchedule = Literal["one_cycle", "constant"]
 TrainPrecision = Literal["auto", "float32", "bfloat16"]
@@ -24,7 +37,7 @@ def validate(hparams: Mapping[str, Any]) -> None:
     """Check the hyper-parameters.
 
     Args:
-        hparams (Mapping[str, Any]): Arguments of ``Pedenet`` by name.
+        hparams (Mapping[str, Any]): Arguments of ``Pedenet`` by name, resolved.
 
     Raises:
         ValueError: If one is outside its range.
@@ -92,6 +105,82 @@ def validate(hparams: Mapping[str, Any]) -> None:
     _validate_optional(hparams)
     check_bank_size(hparams["bank_size"])
     _validate_sizes(hparams)
+
+
+def resolve(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hyper-parameters with what ``None`` stands for in a new model.
+
+    Args:
+        hparams (Mapping[str, Any]): Arguments of ``Pedenet`` by name.
+
+    Returns:
+        dict[str, Any]: The same, with stride, combination and scorer.
+    """
+    defaults = {"stride": DEFAULT_STRIDE, "combination": DEFAULT_COMBINATION, "scorer": DEFAULT_SCORER}
+    return dict(hparams) | {name: default for name, default in defaults.items() if hparams[name] is None}
+
+
+def changes(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Return the names of the hyper-parameters that a checkpoint has otherwise.
+
+    Args:
+        ours (Mapping[str, Any]): A model's hyper-parameters, resolved.
+        saved (Mapping[str, Any]): Those of a checkpoint; what it does not have is taken for equal.
+
+    Returns:
+        list[str]: Names, in the order of ``ours``.
+    """
+    return [name for name in ours if name in saved and _comparable(ours, name) != _comparable(saved, name)]
+
+
+def _comparable(hparams: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401 - as diverse as hyper-parameters
+    """Return a hyper-parameter such that equal meanings are equal: lists and tuples, and sizes in any order."""
+    value = hparams[name]
+    if name == "scored_sizes" and value is None and isinstance(hparams["patch_sizes"], Sequence):
+        value = default_scored_sizes(hparams["patch_sizes"])
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return value
+    return sorted(value) if name in {"patch_sizes", "scored_sizes"} else list(value)
+
+
+def check_changes(names: Sequence[str], ours: Mapping[str, Any], saved: Mapping[str, Any], purpose: Purpose) -> None:
+    """Check that a checkpoint can be used with other hyper-parameters than it was saved with.
+
+    Args:
+        names (Sequence[str]): Hyper-parameters that were asked for and differ.
+        ours (Mapping[str, Any]): The values that were asked for.
+        saved (Mapping[str, Any]): The checkpoint's.
+        purpose (Purpose): What the checkpoint is read for.
+
+    Raises:
+        ValueError: If one of them cannot be changed; the message names it and the remedy.
+    """
+    for name in names:
+        asked = f"The checkpoint was trained with {name}={saved[name]}, and {name}={ours[name]} was asked for"
+        drops_network = name == "lambda_syn" and bool(ours[name]) != bool(saved[name])
+        if name in _FIXED or drops_network:
+            msg = f"{asked}, which its weights do not fit: leave {name} out, or train a new model with it."
+        elif name in _OF_SCORING or purpose == "load":
+            continue
+        elif name in _OF_THE_BANK:
+            if purpose != "export":
+                continue
+            msg = (
+                f"{asked}, for which the memory bank has to be built anew, and an export has no training images: "
+                "validate with it and the data module of the training, save that checkpoint, and export it."
+            )
+        elif purpose != "resume":
+            msg = f"{asked}, which changes nothing here, since it is of the training alone: leave {name} out."
+        elif name in _OF_A_WHOLE_TRAINING:
+            msg = f"{asked}, which cannot change in the midst of a training: leave {name} out, or begin anew."
+        else:
+            continue
+        raise ValueError(msg)
+
+
+def changes_bank(names: Sequence[str]) -> list[str]:
+    """Return which of some hyper-parameters the memory bank has to be built anew for."""
+    return [name for name in names if name in _OF_THE_BANK]
 
 
 def _validate_optional(hparams: Mapping[str, Any]) -> None:

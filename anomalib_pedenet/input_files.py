@@ -27,6 +27,41 @@ logger = logging.getLogger(__name__)
 _NUM_NAMED = 5
 
 
+# Interpolation may leave 0..1 by a little; 0..255, and images that have been normalised already, by far.
+_LEAST_VALUE, _GREATEST_VALUE = -0.5, 1.5
+
+
+def check_images(images: torch.Tensor) -> None:
+    """Check that a model is called on images as it expects them.
+
+    Args:
+        images (torch.Tensor): What it is called on.
+
+    Raises:
+        ValueError: If they are not ``[B, 3, H, W]``, floating point, from 0 to 1; the message says what to do.
+    """
+    shape = tuple(images.shape)
+    wanted = f"Pedenet scores RGB images [B, 3, H, W], floating point, from 0 to 1, but got {images.dtype} {shape}"
+    if images.ndim == 3:
+        msg = f"{wanted}: give a single image as image[None]."
+    elif images.ndim != 4:
+        msg = f"{wanted}: give a batch of images."
+    elif images.shape[1] == 1:
+        msg = f"{wanted}: give a grey image three times, as image.expand(-1, 3, -1, -1)."
+    elif images.shape[1] == 4:
+        msg = f"{wanted}: leave the alpha channel out, as image[:, :3]."
+    elif images.shape[1] != 3:
+        msg = f"{wanted}: the second dimension must be the three colours."
+    elif not images.is_floating_point():
+        msg = f"{wanted}: convert them, as image / 255 for 8 bits."
+    elif images.numel() and not (images.amin() >= _LEAST_VALUE and images.amax() <= _GREATEST_VALUE):
+        values = f"{float(images.amin()):.3g} to {float(images.amax()):.3g}"
+        msg = f"{wanted} with values from {values}: give them as read, divided by 255 for 8 bits, and not normalised."
+    else:
+        return
+    raise ValueError(msg)
+
+
 def check_finite(batch: Batch) -> None:
     """Check that a batch's images are finite.
 

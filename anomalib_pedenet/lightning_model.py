@@ -12,16 +12,18 @@ Example:
     >>> engine.train(model=Pedenet(), datamodule=MVTecAD(category="bottle"))  # doctest: +SKIP
 """
 
+import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import AnomalibDataModule, Batch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
@@ -29,27 +31,36 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
+from torch.nn.modules.batchnorm import _BatchNorm  # of one process, and synchronised over several
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 from tqdm import tqdm
 
 from anomalib_pedenet.anomaly_map import Combination
 from anomalib_pedenet.criterion import draw_test_defects, drawn_defect_auroc
 from anomalib_pedenet.export import PedenetExportMixin
+from anomalib_pedenet.fit_loop import begin_anew, can_stop_early, is_last_batch, is_told_to_stop, validate_now
 from anomalib_pedenet.hyper_parameters import (
     LearningRateSchedule,
+    Purpose,
     TrainingMode,
     TrainPrecision,
+    changes,
+    changes_bank,
+    check_changes,
     check_image_size,
+    resolve,
     validate,
 )
 from anomalib_pedenet.image_pool import ImagePool
-from anomalib_pedenet.input_files import InputFiles, check_finite, naming_files
+from anomalib_pedenet.input_files import InputFiles, check_finite, check_images, naming_files
 from anomalib_pedenet.loss import DensityLossType, PedenetLoss, synthetic_weight
 from anomalib_pedenet.mixture import CovarianceType
-from anomalib_pedenet.normal_images import HeldBack, NormalImages, check_varied, spread
+from anomalib_pedenet.normal_images import HeldBack, NormalImages, are_plain, spread
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
-from anomalib_pedenet.post_processor import PedenetPostProcessor
+from anomalib_pedenet.post_processor import THRESHOLDS, PedenetPostProcessor
 from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.step_guard import MAX_SKIPPED_IN_ROW, StepGuard
 from anomalib_pedenet.torch_model import MIN_SCALE_WEIGHT, PedenetModel
@@ -61,7 +72,9 @@ logger = logging.getLogger(__name__)
 COLLAPSE_SPREAD = 0.02
 """Embeddings (each dimension in -1..1) whose mean standard deviation falls below this have collapsed."""
 
+# A training needs one image; what varies between good parts can be seen from two, and learned from more.
 MIN_TRAINING_IMAGES = 2
+RECOMMENDED_TRAINING_IMAGES = 20
 
 # Their statistics are those of the training set to a percent or so, and take a second to read.
 _STANDARDIZATION_IMAGES = 64
@@ -74,20 +87,24 @@ _MAX_HELD_BACK = 32
 # Of large images fewer are read together, so that neither they nor what is computed of them fill the memory.
 _SAMPLE_BYTES = 2**28
 
-# Entry of a checkpoint: the scorer whose state it holds; and that of models and checkpoints that name none.
+# Entry of a checkpoint: the scorer whose state it holds.
 _SCORER = "pedenet_scorer"
-_SCORER_NAME = "exact"
 
 # Entries of a checkpoint: what each process needs to go on exactly, and what the training's result depends on.
 _TRAINING = "pedenet_training"
 _ORIGIN = "pedenet_origin"
+
+# Entry of a checkpoint: whether the pre-processor has a transform that anomalib cannot save.
+_UNSAVED_TRANSFORM = "pedenet_unsaved_transform"
 
 # Entry of a checkpoint: the length of a training that was shortened.
 _SHORTENED = "pedenet_shortened_to"
 
 # State that is fitted with the memory bank.
 _SCORER_STATE = "model.scorers."
-_FITTED = (_SCORER_STATE, "model.position_encodings.", "model.projections.", "model._extra_state")
+_POSITIONS = "model.position_encodings."
+_LIMIT = "model.normal_limit"
+_FITTED = (_SCORER_STATE, _POSITIONS, "model.projections.", "model._extra_state", _LIMIT)
 
 # Fraction of the training over which the one-cycle schedule's rate rises.
 _RISE = 0.3
@@ -103,15 +120,11 @@ _STEPS_PER_IMAGE = 4  # where the number of training images is unknown
 # How often the log says how far the training is.
 _NUM_REPORTS = 20
 
-# Hyper-parameters that shape the weights: a checkpoint fits only a model that has the same.
-_ARCHITECTURE: dict[str, Callable[[Any], Any]] = {
-    "patch_sizes": sorted,
-    "scored_sizes": lambda sizes: sizes and sorted(sizes),
-    "embedding_dim": int,
-    "num_components": int,
-    "batch_norm": bool,
-    "lambda_syn": bool,
-}
+# The hyper-parameters in the file from which a checkpoint is being loaded.
+_SAVED: ContextVar[dict[str, Any] | None] = ContextVar("pedenet_saved_hyper_parameters", default=None)
+
+# Arguments that are components instead of hyper-parameters.
+_COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")
 
 
 class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
@@ -130,10 +143,12 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         scored_sizes (Sequence[int] | None): Sizes of the patches to score, whose maps are combined: those of
             ``patch_sizes``, and 12, 16, 20, 24 or 28, which the network embeds on its way to 32 and which see finer
             defects. ``None`` for 16, 24 and 32, or for 64 where that alone is trained. Defaults to ``None``.
-        stride (int): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2. Smaller is
-            slower and finer. May be changed for a trained checkpoint. Defaults to ``8``.
-        combination (str): How the maps of two scales become one: ``"product"`` (geometric mean) or ``"mean"``.
-            Defaults to ``"product"``.
+        stride (int | None): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2.
+            Smaller is slower and finer. May be changed for a trained checkpoint. ``None`` for a loaded checkpoint's,
+            else 8. Defaults to ``None``.
+        combination (str | None): How the maps of two scales become one: ``"product"`` (geometric mean) or ``"mean"``.
+            May be changed for a trained checkpoint. ``None`` for a loaded checkpoint's, else ``"product"``. Defaults to
+            ``None``.
         scorer (str | dict | None): How embeddings are compared with normal ones. Nearest neighbour: ``"exact"``,
             ``"local"`` (same place of the image only), or with faiss ``"faiss_flat"``, ``"faiss_ivf"``,
             ``"faiss_hnsw"``, ``"faiss_pq"``. Other detectors: ``"density"`` (the DE network's mixture),
@@ -237,8 +252,8 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         image_size: tuple[int, int] = (256, 256),
         patch_sizes: Sequence[int] = (SUB_PATCH_SIZE, PATCH_SIZE),
         scored_sizes: Sequence[int] | None = None,
-        stride: int = 8,
-        combination: Combination = "product",
+        stride: int | None = None,
+        combination: Combination | None = None,
         scorer: str | dict[str, Any] | None = None,
         bank_size: float = 5_000,
         coreset: Coreset = "auto",
@@ -283,6 +298,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         check_image_size(image_size)
+        components = dict(zip(_COMPONENTS, (pre_processor, post_processor, evaluator, visualizer), strict=True))
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(tuple(image_size))
         super().__init__(
@@ -291,42 +307,57 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        validate(self.hparams)
-
-        # The program's own generator is left alone: a checkpoint that is loaded must not seed it.
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            self.model: PedenetModel = PedenetModel(
-                patch_sizes=patch_sizes,
-                scored_sizes=scored_sizes,
-                stride=stride,
-                combination=combination,
-                scorer=scorer or _SCORER_NAME,
-                bank_size=bank_size,
-                coreset=coreset,
-                embedding_dim=embedding_dim,
-                num_components=num_components,
-                seed=bank_seed,
-                position_weight=position_weight,
-                batch_norm=batch_norm,
-                defect_prediction=lambda_syn > 0,
-            )
-        self.loss = PedenetLoss(
-            lambda_den=lambda_den,
-            lambda_lpn=lambda_lpn,
-            lambda_reg=lambda_reg,
-            reading=density_loss,
-            covariance_type=covariance_type,
-            covariance_jitter=covariance_jitter,
-            lambda_var=lambda_var,
-            min_std=min_std,
-            lambda_syn=lambda_syn,
-            lambda_svdd=lambda_svdd,
-        )
+        self._given_components = {name: part for name, part in components.items() if part is not True}
+        hparams = resolve(self.hparams)
+        validate(hparams)
+        self._given = changes(self.hparams, _defaults())
+        self.hparams.update(hparams)
+        self._build()
         # One batch of images serves several optimizer steps, see `training_step`.
         self.automatic_optimization = False
-        self._planned_steps = max_steps
+        self._is_bank_stale = False
+        self._asked_of_bank: list[str] = []  # arguments for which a checkpoint's bank has to be built anew
+        self._has_warned_of_thresholds = False
+        self._forget_training()
+
+    def _build(self) -> None:
+        """Make the networks, not trained, and the loss, by the hyper-parameters."""
+        hparams = self.hparams
+        # The program's own generator is left alone: a checkpoint that is loaded must not seed it.
+        with torch.random.fork_rng(devices=[], enabled=hparams.seed is not None):
+            if hparams.seed is not None:
+                torch.manual_seed(hparams.seed)
+            self.model: PedenetModel = PedenetModel(
+                patch_sizes=hparams.patch_sizes,
+                scored_sizes=hparams.scored_sizes,
+                stride=hparams.stride,
+                combination=hparams.combination,
+                scorer=hparams.scorer,
+                bank_size=hparams.bank_size,
+                coreset=hparams.coreset,
+                embedding_dim=hparams.embedding_dim,
+                num_components=hparams.num_components,
+                seed=hparams.bank_seed,
+                position_weight=hparams.position_weight,
+                batch_norm=hparams.batch_norm,
+                defect_prediction=hparams.lambda_syn > 0,
+            )
+        self.loss = PedenetLoss(
+            lambda_den=hparams.lambda_den,
+            lambda_lpn=hparams.lambda_lpn,
+            lambda_reg=hparams.lambda_reg,
+            reading=hparams.density_loss,
+            covariance_type=hparams.covariance_type,
+            covariance_jitter=hparams.covariance_jitter,
+            lambda_var=hparams.lambda_var,
+            min_std=hparams.min_std,
+            lambda_syn=hparams.lambda_syn,
+            lambda_svdd=hparams.lambda_svdd,
+        )
+
+    def _forget_training(self) -> None:
+        """Put all that belongs to one training back to its start."""
+        self._planned_steps = self.hparams.max_steps
         self._shortened_to: int | None = None  # steps, where location prediction stayed at chance
         self._pool: ImagePool | None = None
         self._guard: StepGuard | None = None
@@ -339,8 +370,9 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         self._last_metrics: dict[str, torch.Tensor] = {}  # means over the latest batch's steps
         self._clock = (0, 0.0)  # step and time at which the training started
         self._uses_bfloat16 = False
-        self._is_bank_stale = False
         self._has_warned_of_collapse = False
+        self._validated_step = 0
+        self._epochs_between_validations: int | None = None  # the Trainer's, while the last validation is seen to
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -369,13 +401,14 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
     # ------------------------------------------------------------------------------------------------------ training
 
     def setup(self, stage: str) -> None:
-        """Have checkpoint files checked as they are read, and check the number of training images.
+        """Have checkpoint files checked as they are read, and begin a new training as if there had been none.
 
         Args:
             stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
 
         Raises:
-            ValueError: If there are too few training images.
+            RuntimeError: If the Trainer's precision makes the networks' weights or the memory bank half precision, or
+                its callbacks go on from another training.
         """
         from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 
@@ -384,14 +417,28 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         checkpoint_io = self.trainer.strategy.checkpoint_io
         if type(checkpoint_io) is AnomalibCheckpointIO:  # not one that the user chose
             self.trainer.strategy.checkpoint_io = CheckedCheckpointIO(checkpoint_io.extra_safe_globals)
-        train_data = getattr(getattr(self.trainer, "datamodule", None), "train_data", None)
-        if stage == "fit" and train_data is not None and len(train_data) < MIN_TRAINING_IMAGES:
+        if str(self.trainer.precision) in {"16-true", "bf16-true"}:
             msg = (
-                f"The training set {getattr(train_data, 'name', '')} has {len(train_data)} normal image(s), but "
-                f"Pedenet needs at least {MIN_TRAINING_IMAGES} to learn what varies between good parts: add images to "
-                "the folder of normal training images (20 or more are recommended)."
+                f"precision={self.trainer.precision} of the Trainer (or Engine) would round weights, memory bank and "
+                "scores: leave it out, and set train_precision='bfloat16' of the model to train faster."
             )
-            raise ValueError(msg)
+            raise RuntimeError(msg)
+        if stage != "fit":
+            return
+        begin_anew(self.trainer)
+        self._forget_training()  # a checkpoint to go on from is read later
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
+            self.trainer.limit_val_batches = 0  # val_split_mode "none": anomalib's data modules fail when asked for it
+        train_data = getattr(datamodule, "train_data", None)
+        if train_data is not None and len(train_data) < MIN_TRAINING_IMAGES:
+            logger.warning(
+                "The training set %s has %d normal image(s): what varies between good parts cannot be learned from it. "
+                "Add images to the folder of normal training images (%d or more are recommended).",
+                getattr(train_data, "name", ""),
+                len(train_data),
+                RECOMMENDED_TRAINING_IMAGES,
+            )
 
     def configure_optimizers(self) -> torch.optim.Optimizer | OptimizerLRSchedulerConfig:
         """Configure Adam, with a one-cycle schedule over the steps that will be made, or a constant rate.
@@ -430,7 +477,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         """Measure the training images, choose the arithmetic of the networks, and go on where a checkpoint was.
 
         Raises:
-            ValueError: If the training images show nothing, or are too few to hold some back.
+            ValueError: If the training images are too few to hold some back.
         """
         self._planned_steps = self._total_steps()
         self._uses_bfloat16 = _uses_bfloat16(self.hparams.train_precision, self.device)
@@ -439,9 +486,12 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         self._pool = ImagePool(num_images or 2**31, int(self.hparams.cache_gib * 2**30))
         self._clock = (self.trainer.global_step, time.monotonic())
         if self.trainer.global_step == 0:  # a resumed training goes on with the checkpoint's
+            self._forget_thresholds()
+            self.model.set_extra_state(torch.ones(len(self.model.scored_sizes)))
             images = self._sample_of_normal_images(_STANDARDIZATION_IMAGES)
-            check_varied(images)
             self.model.fit_standardization(images)
+            if are_plain(images):
+                self._end_early_on_plain_images(len(images))
         self._guard = StepGuard(self.optimizers().optimizer, self.model)
         # Several processes are left out: their gradients are exchanged as they come, which a graph would have to hold.
         records = self.hparams.cuda_graph and self.trainer.world_size == 1
@@ -454,6 +504,18 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             self._planned_steps,
             "bfloat16" if self._uses_bfloat16 else "float32",
         )
+
+    def _end_early_on_plain_images(self, num_images: int) -> None:
+        """Warn that the training images examined show nothing, and make a single step where those are all there are."""
+        is_all = num_images == len(self._trained_on)
+        logger.warning(
+            "Each of the %d training images that were examined is of one colour, so that there is nothing to learn%s. "
+            "Look into the folder of normal training images, and check the transforms.",
+            num_images,
+            ", and the training ends after its first step" if is_all else "",
+        )
+        if is_all:
+            self._planned_steps = 1
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Make several optimizer steps on a batch of normal images.
@@ -501,15 +563,28 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
                 scheduler.step()
             history.append(metrics | {"skipped_steps": is_skipped})
             self._report_progress(metrics)
+            if is_told_to_stop(self.trainer):
+                logger.info("The training was told to stop after %d steps.", self.trainer.global_step)
+                # After a signal there is no time for a validation: Lightning ends at once.
+                self.trainer.should_stop = not self.trainer.received_sigterm
+                break
         history = self._without_skipped(history)
         if history:
             means = torch.stack([torch.stack([step[name].float() for step in history]).mean() for name in history[0]])
             means = self.trainer.strategy.reduce(means, reduce_op="mean")  # every process goes on with the same
             self._report(dict(zip(history[0], means, strict=True)))
             self._shorten_at_chance()
-        if self.trainer.global_step >= self._planned_steps:
+        if self.trainer.global_step >= self._planned_steps or is_last_batch(self.trainer):
             # Unlike the Trainer's own limit of steps, this lets a last validation run, which sets the thresholds.
             self.trainer.should_stop = True
+        if self.trainer.should_stop and can_stop_early(self.trainer):
+            self._see_to_last_validation()
+
+    def _see_to_last_validation(self) -> None:
+        """Have the epoch that ends with this batch validated, also where not every epoch is."""
+        interval = self.trainer.check_val_every_n_epoch
+        if interval is not None and self._epochs_between_validations is None:
+            self._epochs_between_validations, self.trainer.check_val_every_n_epoch = interval, 1
 
     def _shorten_at_chance(self) -> None:
         """Shorten a long training where location prediction is still at chance, see ``max_steps_at_chance``.
@@ -734,8 +809,6 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         """Build the memory bank from all normal training images, without augmentation, with the present weights."""
         bank_stride = self.hparams.bank_stride
         self._average_running_statistics()
-        was_training = self.model.training
-        self.model.eval()  # batch normalisation must use what it has learned, as it will when images are scored
         with (
             torch.inference_mode(mode=False),  # inference tensors could not be saved and trained on afterwards
             torch.no_grad(),
@@ -743,11 +816,13 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         ):
             if self._last_metrics and self.hparams.lambda_lpn > 0:
                 self.model.weigh_scales(self._learned())
-            weights = self.model.calibrate(self._sample_of_normal_images(_CALIBRATION_IMAGES), bank_stride)
+            sample = self._sample_of_normal_images(_CALIBRATION_IMAGES)
+            weights = self.model.calibrate(sample, bank_stride)
             images = self._normal_images(self._trained_on)
             progress = tqdm(images, "Building the memory bank", len(images), disable=not self.trainer.is_global_zero)
             self.model.fit(progress, stride=bank_stride)
-        self.model.train(was_training)
+            # Images held back are not in the bank, as those that will be scored.
+            self.model.fit_normal_limit(sample if self._held_back is None else self._held_back.normal.to(self.device))
         scales = self.model.scale_shares
         logger.info(
             "Scored patches: %s.",
@@ -761,7 +836,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         if self.trainer.world_size == 1:
             return
         for layer in self.model.modules():
-            if isinstance(layer, torch.nn.BatchNorm2d):
+            if isinstance(layer, _BatchNorm):
                 for buffer in (layer.running_mean, layer.running_var):
                     buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
 
@@ -783,9 +858,10 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         if loader is None and datamodule is not None and getattr(datamodule, "train_data", None) is not None:
             loader = datamodule.train_dataloader()
         if loader is None:
+            names = ", ".join(self._asked_of_bank) or "weights"
             msg = (
-                "The memory bank has to be built, since the checkpoint has another scorer, but there are no training "
-                "images: pass the data module of the training, or keep the checkpoint's scorer."
+                f"The memory bank has to be built, since the checkpoint has another {names}, but there are no training "
+                f"images: pass the data module of the training, or keep the checkpoint's {names}."
             )
             raise RuntimeError(msg)
         return loader
@@ -801,7 +877,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         return self._normal_images([indices[position] for position in chosen]).together()
 
     def _num_together(self, limit: int) -> int:
-        """Return how many training images, at most ``limit``, may be in memory together; at least two."""
+        """Return how many training images, at most ``limit``, may be in memory together; at least two, or all."""
         (image,) = self._normal_images([0])
         return max(MIN_TRAINING_IMAGES, min(limit, _SAMPLE_BYTES // image.nbytes))
 
@@ -852,24 +928,36 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         )
 
     def on_validation_start(self) -> None:
-        """Rebuild the memory bank if training went on since it was built."""
+        """Rebuild the memory bank if training went on since it was built, and drop what was measured in part."""
         self._refresh_bank()
+        self._reset_metrics()
+
+    def on_validation_end(self) -> None:
+        """Note which weights were validated."""
+        self._validated_step = self.trainer.global_step
 
     def on_test_start(self) -> None:
-        """Build the memory bank if a checkpoint was loaded that has another scorer."""
+        """Build the memory bank if a checkpoint was loaded that has another one."""
         self._refresh_bank()
+        self._reset_metrics()
+        self._warn_without_thresholds()
 
     def on_predict_start(self) -> None:
-        """Build the memory bank if a checkpoint was loaded that has another scorer."""
+        """Build the memory bank if a checkpoint was loaded that has another one."""
         self._refresh_bank()
+        self._warn_without_thresholds()
 
     def on_train_epoch_end(self) -> None:
         """Do nothing: the mixin would build the bank here once and never again."""
 
     def on_train_end(self) -> None:
-        """Rebuild the memory bank if training went on since it was built, and say what was learned."""
+        """Rebuild the memory bank if training went on since it was built, validate it, and say what was learned."""
         self._refresh_bank()
-        self._pool = self._step = None
+        trainer = self.trainer
+        if trainer.enable_validation and self._validated_step != trainer.global_step:
+            validate_now(trainer)
+        if self._epochs_between_validations is not None:
+            trainer.check_val_every_n_epoch = self._epochs_between_validations
         for size in self.model.patch_sizes if self._last_metrics else ():
             location = self._last_metrics[f"loss_lpn_{size}"]
             logger.info(
@@ -880,6 +968,40 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
                 self.loss.effective_lambda_syn(location),
                 self.hparams.lambda_syn,
                 self._last_metrics[f"spread_{size}"],
+            )
+        self._warn_without_thresholds()
+        # The model may be saved, and go on with other data: what this training alone needed must not go with it.
+        self._pool = self._step = self._guard = self._held_back = None
+        self._last_metrics = {}
+
+    def _reset_metrics(self) -> None:
+        """Reset all metrics: a validation or test that was interrupted leaves scores behind."""
+        for component in (self.post_processor, self.evaluator):
+            for metric in component.modules() if component is not None else ():
+                if isinstance(metric, Metric):
+                    metric.reset()
+
+    def _forget_thresholds(self) -> None:
+        """Forget the thresholds of an earlier training, which may have been on other data."""
+        if isinstance(self.post_processor, PostProcessor):
+            for name in THRESHOLDS:
+                getattr(self.post_processor, name).fill_(torch.nan)
+
+    def _warn_without_thresholds(self) -> None:
+        """Say once that there are no thresholds, if there are none."""
+        processor = self.post_processor
+        if (
+            self._has_warned_of_thresholds
+            or not isinstance(processor, PostProcessor)
+            or not processor.enable_thresholding
+        ):
+            return
+        if bool(torch.isnan(processor.image_threshold)):
+            self._has_warned_of_thresholds = True
+            logger.warning(
+                "No validation has set thresholds: what scores higher than all normal training images that were looked "
+                "at is called defective. For thresholds by your own good and defective images, validate: give the data "
+                "module validation images (val_split_mode, val_split_ratio), and do not set limit_val_batches to 0."
             )
 
     def _refresh_bank(self) -> None:
@@ -895,6 +1017,9 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         """
         super().on_save_checkpoint(checkpoint)
         checkpoint[_SCORER] = self.model.scorer
+        config = checkpoint.get("anomalib_pre_processor_config") or {}
+        has_transform = getattr(self.pre_processor, "transform", None) is not None
+        checkpoint[_UNSAVED_TRANSFORM] = has_transform and config.get("transform") is None
         if self._is_bank_stale:
             self.fit()
             bank = {name: value for name, value in self.state_dict().items() if name.startswith(_FITTED)}
@@ -905,60 +1030,119 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             checkpoint[_TRAINING] = self._training_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that a checkpoint fits this model, before its weights are loaded, and plan its schedule anew.
+        """Become the model of a checkpoint, before its weights are loaded, and plan its schedule anew.
 
-        A checkpoint that was saved with another scorer gives its networks only: the memory bank is then built from the
-        training images before anything is scored.
+        Arguments that were not given, or have their default values, are taken from the checkpoint. Those that were
+        given are used, or refused by name. For another scorer or memory bank the checkpoint gives its networks only:
+        the bank is then built from the training images before anything is scored.
 
         Args:
             checkpoint (dict[str, Any]): Loaded checkpoint.
 
         Raises:
-            ValueError: If the checkpoint is another model's or was trained with other networks.
+            ValueError: If the checkpoint is another model's, or an argument was given that it cannot be used with.
         """
-        from anomalib_pedenet.checkpoint_io import NETWORK  # imports the engine, as models must not
+        # It imports the engine, as models must not.
+        from anomalib_pedenet.checkpoint_io import NETWORK, bring_up_to_date, engine_frame
 
-        super().on_load_checkpoint(checkpoint)
-        saved = checkpoint.get("hyper_parameters", {})
         if not any(name.startswith(NETWORK) for name in checkpoint.get("state_dict", {})):
             msg = "The checkpoint holds no Pedenet weights: pass a checkpoint that was trained with --model Pedenet."
             raise ValueError(msg)
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.TESTING and engine_frame("train"):
+            # `Engine.train` would test the checkpoint from which the training went on, instead of its result.
+            checkpoint["state_dict"] = self.state_dict()
+            return
+        bring_up_to_date(checkpoint)
+        self._take_hyper_parameters(checkpoint)
+        self._take_components(checkpoint)
         for state in checkpoint.get("lr_schedulers", []):
             # What is planned anew stands: otherwise a longer max_steps could not be resumed to.
             state.pop("total_steps", None)
             state.pop("_schedule_phases", None)
-        for name, key in _ARCHITECTURE.items():
-            ours, theirs = self.hparams[name], saved.get(name, self.hparams[name])
-            if key(ours) != key(theirs):
-                msg = (
-                    f"The checkpoint was trained with {name}={theirs}, but this model has {name}={ours}: set "
-                    f"--model.{name} to {theirs}, or load it with Pedenet.load_from_checkpoint, which takes the "
-                    "hyper-parameters from the checkpoint."
-                )
-                raise ValueError(msg)
-        # The constants of metrics, such as AUPRO's limit, are not a model's: others may measure it than trained it.
-        self._replace_state(checkpoint, "evaluator.")
-        self._take_scorer(checkpoint)
         self._loaded_training = checkpoint.get(_TRAINING)
         self._origin = checkpoint.get(_ORIGIN)
         self._shortened_to = checkpoint.get(_SHORTENED)
+        datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, AnomalibDataModule):
+            # It resizes images as the pre-processor does that it finds when it is set up: that was another one.
+            datamodule.setup(self.trainer.state.fn)
 
-    def _take_scorer(self, checkpoint: dict[str, Any]) -> None:
-        """Take the scorer of a checkpoint; or, if another one was asked for, only its networks."""
-        theirs = checkpoint.get(_SCORER, _SCORER_NAME)
-        if theirs == self.model.scorer:
-            return
-        if self.hparams.scorer is None:
-            self.model.set_scorer(theirs)
-            return
-        self._replace_state(checkpoint, _SCORER_STATE)
-        self._is_bank_stale = True
-        logger.warning(
-            "The checkpoint was saved with the scorer %r, and this model has %r: its memory bank is built anew from "
-            "the training images. Thresholds are the other scorer's until the next validation.",
-            theirs,
-            self.model.scorer,
-        )
+    def _take_hyper_parameters(self, checkpoint: dict[str, Any]) -> None:
+        """Take the hyper-parameters of a checkpoint, but for those that were asked for.
+
+        Raises:
+            ValueError: If one was asked for that the checkpoint cannot be used with.
+        """
+        # Lightning puts what `load_from_checkpoint` was asked for in the place of what was saved.
+        found = _SAVED.get() or checkpoint.get("hyper_parameters", {})
+        saved = resolve(dict(self.hparams) | found)
+        saved["scorer"] = checkpoint.get(_SCORER, saved["scorer"])
+        saved = {name: saved[name] for name in self.hparams}
+        other = changes(self.hparams, saved)
+        purpose: Purpose = "load"  # by `load_from_checkpoint`: all that differs was asked for
+        if self._trainer is not None:
+            purpose = "resume" if self.trainer.state.fn == TrainerFn.FITTING else "evaluate"
+        asked = other if purpose == "load" else [name for name in other if name in self._given]
+        check_changes(asked, self.hparams, saved, purpose)
+        taken = {name: saved[name] for name in other if name not in asked}
+        if taken:
+            logger.info("Taken from the checkpoint: %s.", ", ".join(f"{name}={taken[name]}" for name in taken))
+            self.hparams.update(taken)
+            tiler = self.model.tiler
+            self._build()
+            self.model.to(self.device)
+            self.model.tiler = tiler
+        self._asked_of_bank = changes_bank(asked)
+        self._is_bank_stale = bool(self._asked_of_bank)
+        if self._is_bank_stale:
+            self._replace_state(checkpoint, _SCORER_STATE)
+            if "position_weight" in asked:
+                self._replace_state(checkpoint, _POSITIONS)
+        used = [name for name in asked if name in {"stride", "combination", *self._asked_of_bank}]
+        if used:
+            logger.warning(
+                "Other than in the checkpoint: %s.%s Thresholds are the checkpoint's until the next validation.",
+                ", ".join(f"{name}={self.hparams[name]} (was {saved[name]})" for name in used),
+                " The memory bank is built anew from the training images." if self._is_bank_stale else "",
+            )
+
+    def _take_components(self, checkpoint: dict[str, Any]) -> None:
+        """Take pre- and post-processor of a checkpoint, but for those that were given.
+
+        Raises:
+            ValueError: If another pre-processor was given than the training had.
+        """
+        given = dict(self._given_components)
+        enabled = dict(checkpoint.get("anomalib_components_enabled") or {})
+        ours, theirs = self.pre_processor, checkpoint.get("anomalib_pre_processor_config")
+        if "pre_processor" in given:
+            has_config = (
+                hasattr(ours, "checkpoint_config") and theirs is not None and theirs.get("transform") is not None
+            )
+            is_same = enabled.get("pre_processor", True) == (ours is not None)
+            if not is_same or (has_config and ours.checkpoint_config() != theirs):
+                msg = (
+                    "The checkpoint was trained with another pre_processor than the one given, and its weights do not "
+                    "fit other images: leave pre_processor out, or train a new model with it."
+                )
+                raise ValueError(msg)
+        elif checkpoint.get(_UNSAVED_TRANSFORM):
+            msg = (
+                "The checkpoint was trained with a pre_processor whose transform could not be saved in it: give the "
+                "same pre_processor again."
+            )
+            raise ValueError(msg)
+        # anomalib drops and configures components by the checkpoint, those that were given too.
+        kept: dict[str, Any] = {f"anomalib_{name}_config": None for name in given}
+        kept["anomalib_components_enabled"] = enabled | dict.fromkeys(given, True)
+        super().on_load_checkpoint(checkpoint | kept)
+        # Thresholds go with the checkpoint; the constants of metrics, such as AUPRO's limit, with who measures.
+        thresholds = {f"post_processor.{name}" for name in THRESHOLDS}
+        theirs_kept = {name: value for name, value in checkpoint["state_dict"].items() if name in thresholds}
+        for prefix in ("evaluator.", "pre_processor.", "post_processor."):
+            self._replace_state(checkpoint, prefix)
+        state = checkpoint["state_dict"]
+        state.update({name: value for name, value in theirs_kept.items() if name in state})
 
     def _replace_state(self, checkpoint: dict[str, Any], prefix: str) -> None:
         """Put this model's own state in place of a checkpoint's, where names begin with ``prefix``."""
@@ -979,21 +1163,51 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         """Load a model with its memory bank from a checkpoint; see ``AnomalibModule.load_from_checkpoint``.
 
         Raises:
-            ValueError: If the file is not a whole checkpoint, or not one of this model.
+            ValueError: If the file is not a whole checkpoint, or not one of this model, or is to be used with an
+                argument that it cannot be used with.
+            TypeError: If an argument is unknown.
         """
-        from anomalib_pedenet.checkpoint_io import check_checkpoint_file  # imports the engine, as models must not
+        # It imports the engine, as models must not.
+        from anomalib_pedenet.checkpoint_io import check_checkpoint_file, saved_hyper_parameters
 
+        unknown = set(kwargs) - set(inspect.signature(cls).parameters) - set(inspect.signature(Pedenet).parameters)
+        if unknown:
+            msg = f"Pedenet has no argument {', '.join(sorted(unknown))}."
+            raise TypeError(msg)
         check_checkpoint_file(checkpoint_path, weights_only, cls.checkpoint_safe_globals())
-        return super().load_from_checkpoint(
-            checkpoint_path,
-            map_location=map_location,
-            hparams_file=hparams_file,
-            strict=strict,
-            weights_only=weights_only,
-            **kwargs,
-        )
+        saved = saved_hyper_parameters(checkpoint_path, weights_only, cls.checkpoint_safe_globals())
+        token = _SAVED.set(saved)
+        try:
+            return super().load_from_checkpoint(
+                checkpoint_path,
+                map_location=map_location,
+                hparams_file=hparams_file,
+                strict=strict,
+                weights_only=weights_only,
+                **kwargs or _asked_of_export(saved),
+            )
+        finally:
+            _SAVED.reset(token)
 
     # ------------------------------------------------------------------------------------------------------- scoring
+
+    def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:  # noqa: ANN401 - of the one it overrides
+        """Score images, from pre-processing to thresholds; the graph that is exported.
+
+        Args:
+            batch (torch.Tensor): RGB images ``[B, 3, H, W]``, floating point, from 0 to 1.
+            *args: Unused.
+            **kwargs: Unused.
+
+        Returns:
+            InferenceBatch: Scores, maps, labels and masks.
+
+        Raises:
+            ValueError: If these are no such images (not in an exported graph).
+        """
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            check_images(batch)
+        return super().forward(batch, *args, **kwargs)
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Score a batch of images.
@@ -1027,6 +1241,38 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         with naming_files(batch):
             predictions = self.model(batch.image)
         return batch.update(**predictions._asdict())
+
+
+def _defaults() -> dict[str, Any]:
+    """Return the default values of all hyper-parameters."""
+    parameters = inspect.signature(Pedenet.__init__).parameters
+    return {name: value.default for name, value in parameters.items() if name not in {"self", *_COMPONENTS}}
+
+
+def _asked_of_export(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the model was given for which ``Engine.export`` calls ``load_from_checkpoint``, if it does.
+
+    The engine makes its model anew from the checkpoint and drops the one that it was given, with all its arguments:
+    only the engine's frame has them.
+
+    Args:
+        saved (Mapping[str, Any]): The checkpoint's hyper-parameters.
+
+    Raises:
+        ValueError: If an argument was given that an export cannot have.
+    """
+    from anomalib_pedenet.checkpoint_io import engine_frame  # imports the engine, as models must not
+
+    frame = engine_frame("export")
+    if frame is None:
+        return {}
+    model = frame.f_locals.get("model")
+    if not isinstance(model, Pedenet):
+        return {}
+    saved = resolve(dict(model.hparams) | dict(saved))
+    asked = [name for name in changes(model.hparams, saved) if name in model._given]  # noqa: SLF001 - of the class
+    check_changes(asked, model.hparams, saved, "export")
+    return {name: model.hparams[name] for name in asked} | model._given_components  # noqa: SLF001
 
 
 def _uses_bfloat16(train_precision: TrainPrecision, device: torch.device) -> bool:

@@ -22,6 +22,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.batchnorm import _BatchNorm  # of one process, and synchronised over several
 
 from anomalib_pedenet.patches import BASE_STRIDE, MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE, grid_size
 
@@ -61,8 +62,8 @@ class PatchEmbeddingNetwork(nn.Module):
         large_channels (int): Filters of the large encoder's 2x2 convolution. Defaults to ``128``.
         in_channels (int): Channels of the images. Defaults to ``3``.
         batch_norm (bool): Whether batch normalisation follows each of the eight convolutions. The paper mentions none;
-            without it only parts with clear structure train well. In eval mode it is an affine map of each channel, so
-            that dense evaluation stays exact. Defaults to ``True``.
+            without it only parts with clear structure train well. With its running averages it is an affine map of each
+            channel, so that dense evaluation stays exact. Defaults to ``True``.
         patch_sizes (Sequence[int]): Sizes of the patches to embed. Without 64 there is no large encoder.
             Defaults to ``(32, 64)``.
 
@@ -116,13 +117,16 @@ class PatchEmbeddingNetwork(nn.Module):
         """Return the dimension of the embeddings of one of :data:`anomalib_pedenet.patches.MID_LEVEL_SIZES`."""
         return self.small_channels[_mid_level_depth(patch_size) - 1]
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+    def forward(self, patches: torch.Tensor, batch_statistics: bool = False) -> torch.Tensor:
         """Embed separate patches, as the paper describes it.
 
         Args:
             patches (torch.Tensor): ``[N, C, 64, 64]`` patches; ``[N, C, 32, 32]`` sub-patches, which go through the
                 small encoder alone; or mid-level ones, ``[N, C, 20, 20]`` for instance. Normalised to about zero mean
                 and unit variance.
+            batch_statistics (bool): Whether batch normalisation goes by the statistics of these patches, and remembers
+                them: in training, and there alone. The module's mode (``train``, ``eval``) makes no difference.
+                Defaults to ``False``.
 
         Returns:
             torch.Tensor: Embeddings ``[N, Z]`` in (-1, 1), or mid-level ones ``[N, mid_level_channels(size)]``.
@@ -132,18 +136,19 @@ class PatchEmbeddingNetwork(nn.Module):
         """
         size = tuple(patches.shape[-2:])
         if size == (SUB_PATCH_SIZE, SUB_PATCH_SIZE):
-            return self.small_encoder(patches).flatten(1)  # [N, Z, 1, 1] -> [N, Z]
+            return self._embed_sub_patches(patches, batch_statistics).flatten(1)  # [N, Z, 1, 1] -> [N, Z]
         if size == (PATCH_SIZE, PATCH_SIZE) and PATCH_SIZE in self.patch_sizes:
             rows = [
                 torch.cat(
-                    [self.small_encoder(sub_patch) for sub_patch in row.split(SUB_PATCH_SIZE, dim=-1)],
+                    [self._embed_sub_patches(part, batch_statistics) for part in row.split(SUB_PATCH_SIZE, dim=-1)],
                     dim=-1,
                 )  # [N, Z, 1, 2]
                 for row in patches.split(SUB_PATCH_SIZE, dim=-2)
             ]
             return self.large_encoder(torch.cat(rows, dim=-2)).flatten(1)  # [N, Z, 2, 2] -> [N, Z]
         if patches.shape[-2] == patches.shape[-1] and patches.shape[-1] in MID_LEVEL_SIZES:
-            features = self._encode(patches, [patches.shape[-1]])[patches.shape[-1]]  # [N, ., 3, 3]
+            size = patches.shape[-1]
+            features = self._encode(patches, [size], batch_statistics=batch_statistics)[size]  # [N, ., 3, 3]
             return features.mean(dim=(-2, -1))
         sizes = sorted({SUB_PATCH_SIZE, *self.patch_sizes})
         msg = f"Patches must be {' or '.join(f'{side}x{side}' for side in reversed(sizes))} px, got {size}."
@@ -154,6 +159,7 @@ class PatchEmbeddingNetwork(nn.Module):
         images: torch.Tensor,
         stride: int = BASE_STRIDE,
         patch_sizes: Sequence[int] | None = None,
+        batch_statistics: bool = False,
     ) -> dict[int, torch.Tensor]:
         """Embed all patches of whole images at once, on a regular grid.
 
@@ -165,6 +171,7 @@ class PatchEmbeddingNetwork(nn.Module):
             images (torch.Tensor): ``[B, C, H, W]`` images, normalised as in :meth:`forward`.
             stride (int): Distance between neighbouring patches in pixels, a multiple of 2. Defaults to ``2``.
             patch_sizes (Sequence[int] | None): Which scales to return, mid-level ones too. Defaults to the network's.
+            batch_statistics (bool): As in :meth:`forward`. Defaults to ``False``.
 
         Returns:
             dict[int, torch.Tensor]: For each patch size, embeddings ``[B, Z, h, w]`` (mid-level ones have
@@ -181,7 +188,9 @@ class PatchEmbeddingNetwork(nn.Module):
         # Sub-patches are embedded only where one is needed; those of a 64-px patch lie 16 steps apart.
         apart = SUB_PATCH_SIZE // BASE_STRIDE
         sub_step = math.gcd(step, apart) if PATCH_SIZE in patch_sizes else step
-        features = self._encode(images, patch_sizes, sub_step)  # [B, ., ., .], mid-level ones at stride 2
+        features = self._encode(
+            images, patch_sizes, sub_step, batch_statistics
+        )  # [B, ., ., .], mid-level ones at stride 2
 
         embeddings: dict[int, torch.Tensor] = {}
         for size in patch_sizes:
@@ -203,13 +212,20 @@ class PatchEmbeddingNetwork(nn.Module):
             embeddings[size] = grid[..., :rows, :columns]
         return embeddings
 
-    def _encode(self, images: torch.Tensor, patch_sizes: Sequence[int], sub_step: int = 1) -> dict[int, torch.Tensor]:
+    def _embed_sub_patches(self, patches: torch.Tensor, batch_statistics: bool) -> torch.Tensor:
+        """Return the embeddings ``[N, Z, 1, 1]`` of sub-patches ``[N, C, 32, 32]``."""
+        return self._encode(patches, [SUB_PATCH_SIZE], batch_statistics=batch_statistics)[SUB_PATCH_SIZE]
+
+    def _encode(
+        self, images: torch.Tensor, patch_sizes: Sequence[int], sub_step: int = 1, batch_statistics: bool = False
+    ) -> dict[int, torch.Tensor]:
         """Run the small encoder as far as patch sizes need it, and return what they are made of.
 
         Args:
             images (torch.Tensor): ``[B, C, H, W]`` images or patches.
             patch_sizes (Sequence[int]): Patch sizes.
             sub_step (int): Distance between neighbouring sub-patches in steps of 2 px. Defaults to ``1``.
+            batch_statistics (bool): As in :meth:`forward`. Defaults to ``False``.
 
         Returns:
             dict[int, torch.Tensor]: The features of each mid-level size at stride 2, before their mean over 3x3
@@ -222,6 +238,8 @@ class PatchEmbeddingNetwork(nn.Module):
         for layer in self.small_encoder:
             if depth == len(self.small_channels) - 1 and isinstance(layer, nn.Conv2d):
                 features = F.conv2d(features, layer.weight, layer.bias, stride=sub_step)
+            elif isinstance(layer, _BatchNorm):
+                features = _normalize(layer, features, batch_statistics)
             else:
                 features = layer(features)
             if isinstance(layer, nn.LeakyReLU):
@@ -232,6 +250,18 @@ class PatchEmbeddingNetwork(nn.Module):
                     return outputs
         outputs[SUB_PATCH_SIZE] = features
         return outputs
+
+
+def _normalize(layer: _BatchNorm, features: torch.Tensor, batch_statistics: bool) -> torch.Tensor:
+    """Apply batch normalisation by the batch's statistics, which it remembers, or by its running averages.
+
+    The layer's own mode is not asked: a model that was just loaded is in training mode, and would score an image by the
+    image's own statistics and remember them.
+    """
+    if batch_statistics:
+        layer.train()
+        return layer(features)
+    return F.batch_norm(features, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)
 
 
 def _mid_level_depth(patch_size: int) -> int:

@@ -23,20 +23,9 @@ def spread(count: int, limit: int) -> list[int]:
     return torch.linspace(0, count - 1, min(count, limit)).long().tolist()
 
 
-def check_varied(images: torch.Tensor) -> None:
-    """Check that not every one of the images is of one colour, which makes all patches identical.
-
-    Raises:
-        ValueError: If they are.
-    """
-    largest = float((images.amax(dim=(2, 3)) - images.amin(dim=(2, 3))).max())
-    if largest < _LEAST_CONTRAST:
-        msg = (
-            f"Each of the {len(images)} training images that were examined is of one colour (largest contrast "
-            f"{largest:.2g} of about 4.5), so that all patches are identical and there is nothing to learn: look into "
-            "the folder of normal training images, and check the transforms."
-        )
-        raise ValueError(msg)
+def are_plain(images: torch.Tensor) -> bool:
+    """Return whether every one of the images ``[B, C, H, W]`` is of one colour, which makes all patches identical."""
+    return float((images.amax(dim=(2, 3)) - images.amin(dim=(2, 3))).max()) < _LEAST_CONTRAST
 
 
 @dataclass(frozen=True)

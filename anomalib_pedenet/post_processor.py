@@ -1,11 +1,11 @@
 # Copyright (C) 2026 The anomalib-pedenet authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""anomalib's post-processor, without its loss of order.
+"""anomalib's post-processor, with a normalisation that keeps the order of all scores, and thresholds between scores.
 
-anomalib normalises a score ``s`` to ``(s - threshold) / (max - min) + 0.5`` and clips it to 0..1. Where the threshold
-lies beyond the middle of the validation scores' range, as it does where defects stand out by far, most scores below the
-threshold become 0. They are no longer told apart then: on a surface, pixel AUROC fell from 0.92 to 0.72 by that alone.
+anomalib normalises a score ``s`` to ``(s - threshold) / (max - min) + 0.5`` and clips it to 0..1, where ``min`` and
+``max`` are those of the validation scores. What is clipped is no longer told apart: where validation has normal images
+only, nearly all defects become 1.
 """
 
 from typing import Any
@@ -13,36 +13,66 @@ from typing import Any
 import torch
 from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
+from torchmetrics.utilities import dim_zero_cat
+
+THRESHOLDS = ("_image_threshold", "_pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max")
+"""Thresholds and ranges of anomalib's post-processor, its buffers."""
 
 
-class SyncedF1AdaptiveThreshold(F1AdaptiveThreshold):
-    """anomalib's threshold metric, for scores from several processes.
+class F1ThresholdBetweenScores(F1AdaptiveThreshold):
+    """anomalib's threshold of the best F1 score, put in the middle between the two scores that it separates.
 
-    Gathered from them, labels are one tensor instead of a list of batches, and anomalib 2.7.0 would look at the pixels
-    one by one: half a minute and 5.6 GB for the 83 images of bottle.
+    anomalib's is the lowest score to be called defective, but only what is above a threshold is called so.
     """
 
     preds: Any
     target: Any
 
     def compute(self) -> torch.Tensor:
-        """Return the threshold of the best F1 score."""
+        """Return the threshold of the best F1 score; the highest score, where no sample is defective."""
+        # Gathered from several processes, labels are one tensor instead of a list of batches, and anomalib 2.7.0 would
+        # look at the pixels one by one: half a minute and 5.6 GB for the 83 images of bottle.
         if isinstance(self.target, torch.Tensor):
             self.preds, self.target = [self.preds], [self.target]
-        return super().compute()
+        threshold = super().compute()
+        if not self._has_anomalous_samples():
+            return threshold
+        scores = dim_zero_cat(self.preds)
+        below = scores[scores < threshold]
+        lower = below.max() if len(below) else torch.zeros_like(threshold)
+        middle = (lower + threshold) / 2
+        return torch.where(middle < threshold, middle, lower)  # between neighbouring numbers there is no other
 
 
 class PedenetPostProcessor(PostProcessor):
-    """Thresholds and normalises as anomalib's does, and keeps the order of all scores within the validation's range.
+    """Thresholds as anomalib's does, and normalises without loss of order: 0 to 1, with the threshold at 0.5.
 
-    On the side of the threshold where anomalib's formula would leave 0..1, the scores are pressed together just enough
-    to end at 0 or 1. The other side is as anomalib's; the threshold is at 0.5.
+    A score ``s`` of :class:`anomalib_pedenet.PedenetModel` is ``d / (d + limit)`` for a distance ``d`` to what is
+    normal. Normalised it is ``d / (d + threshold)``: near 0 for what is normal, 2/3 at twice the threshold, 0.9 at nine
+    times, and never 1. Where there was no validation, scores stay as they are: 0.5 is the highest one of normal
+    training images.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as anomalib's
         super().__init__(*args, **kwargs)
-        self._image_threshold_metric = SyncedF1AdaptiveThreshold(fields=["pred_score", "gt_label"], strict=False)
-        self._pixel_threshold_metric = SyncedF1AdaptiveThreshold(fields=["anomaly_map", "gt_mask"], strict=False)
+        self._image_threshold_metric = F1ThresholdBetweenScores(fields=["pred_score", "gt_label"], strict=False)
+        self._pixel_threshold_metric = F1ThresholdBetweenScores(fields=["anomaly_map", "gt_mask"], strict=False)
+
+    @property
+    def normalized_image_threshold(self) -> torch.Tensor:
+        """Score from which an image is defective, as the scores are given out: normalised, or not."""
+        return self._given_out(super().normalized_image_threshold, self.image_threshold)
+
+    @property
+    def normalized_pixel_threshold(self) -> torch.Tensor:
+        """Score from which a pixel is defective, likewise."""
+        return self._given_out(super().normalized_pixel_threshold, self.pixel_threshold)
+
+    def _given_out(self, normalized: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+        """Return a normalised score as it is given out."""
+        if self.enable_normalization:
+            return normalized
+        return _move(normalized.to(threshold.device), torch.nan_to_num(threshold, nan=0.5), torch.tensor(0.5))
 
     @staticmethod
     def _normalize(
@@ -51,21 +81,27 @@ class PedenetPostProcessor(PostProcessor):
         norm_max: torch.Tensor,
         threshold: torch.Tensor,
     ) -> torch.Tensor | None:
-        """Normalise scores of any shape to 0..1.
+        """Normalise scores of any shape.
 
         Args:
-            preds (torch.Tensor | None): Scores, or ``None``.
-            norm_min (torch.Tensor): Least score of the validation, scalar; NaN if there was none.
-            norm_max (torch.Tensor): Greatest score of the validation, likewise.
-            threshold (torch.Tensor): Score from which an image or a pixel is defective, scalar; NaN for the middle of
-                the range.
+            preds (torch.Tensor | None): Scores from 0 to 1, or ``None``.
+            norm_min (torch.Tensor): Unused.
+            norm_max (torch.Tensor): Unused.
+            threshold (torch.Tensor): Score above which an image or a pixel is defective, scalar; NaN if there was no
+                validation.
 
         Returns:
-            torch.Tensor | None: Normalised scores in the same shape; as they were if there was no validation.
+            torch.Tensor | None: Normalised scores in the same shape, from 0 to 1.
         """
+        del norm_min, norm_max
         if preds is None:
             return None
-        threshold = torch.where(torch.isnan(threshold), (norm_max + norm_min) / 2, threshold)
-        reach = torch.where(preds < threshold, threshold - norm_min, norm_max - threshold)
-        value_range = torch.maximum(norm_max - norm_min, 2 * reach)
-        return PostProcessor._normalize(preds, norm_max - value_range, norm_max, threshold)  # noqa: SLF001
+        return _move(preds, torch.full_like(threshold, 0.5), torch.nan_to_num(threshold, nan=0.5))
+
+
+def _move(scores: torch.Tensor, to: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Change the unit of scores ``d / (d + unit)`` such that ``at`` becomes ``to``; 0 and 1 and the order stay."""
+    eps = torch.finfo(scores.dtype).eps
+    to, at = to.clamp(eps, 1 - eps), at.clamp(eps, 1 - eps)
+    above = scores * (to * (1 - at))
+    return above / (above + (1 - scores) * (at * (1 - to)))

@@ -117,7 +117,7 @@ def sample_dense(
     with_defects = len(masks) > 0
     num_crops, device = len(views) // (3 if with_defects else 2), views.device
     crop = (views.shape[-2], views.shape[-1])
-    grids = network.embed_dense(views, stride=BASE_STRIDE, patch_sizes=patch_sizes)
+    grids = network.embed_dense(views, BASE_STRIDE, patch_sizes, batch_statistics=True)
 
     samples: dict[int, EmbeddingSample] = {}
     for size, grid in grids.items():
@@ -200,7 +200,7 @@ def sample_patches(
             indices = torch.randint(len(images), (num_pairs,), device=device).repeat(2)
             positions = torch.cat(sample_jittered_pairs(num_pairs, image_size, size, device=device))
             patches = torch.cat([patches, extract_patches(images, indices, positions, (size, size)).float()])
-        embeddings = network(patches.contiguous(memory_format=torch.channels_last))
+        embeddings = network(patches.contiguous(memory_format=torch.channels_last), batch_statistics=True)
         density, centers, neighbors, rest = embeddings.tensor_split(
             [num_patches, num_patches + num_pairs, num_patches + 2 * num_pairs]
         )

@@ -5,6 +5,7 @@
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # of one process, and synchronised over several
 
 MAX_SKIPPED_IN_ROW = 10
 """A training is ended after as many skipped steps in a row."""
@@ -37,9 +38,7 @@ class StepGuard:
 
     def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
         self.optimizer = optimizer
-        buffers = [
-            buffer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d) for buffer in layer.buffers()
-        ]
+        buffers = [buffer for layer in module.modules() if isinstance(layer, _BatchNorm) for buffer in layer.buffers()]
         # A vector for each type, so that a step costs a few launches and not one for each layer.
         types = {buffer.dtype for buffer in buffers}
         self._groups = [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in types]

@@ -80,6 +80,8 @@ class PedenetModel(nn.Module):
             Defaults to ``False``.
 
     Attributes:
+        normal_limit (torch.Tensor): Highest score of normal images, in units of a normal patch's typical score, scalar;
+            1 before :meth:`fit_normal_limit`.
         tiler (Tiler | None): Set by anomalib's ``TilerConfigurationCallback`` to score large images tile by tile.
 
     Example:
@@ -92,6 +94,7 @@ class PedenetModel(nn.Module):
 
     input_mean: torch.Tensor
     input_std: torch.Tensor
+    normal_limit: torch.Tensor
 
     def __init__(
         self,
@@ -124,6 +127,7 @@ class PedenetModel(nn.Module):
         # colourful photographs but not to, say, grey surfaces of low contrast: the training images' own do.
         self.register_buffer("input_mean", torch.zeros(3, 1, 1))
         self.register_buffer("input_std", torch.ones(()))
+        self.register_buffer("normal_limit", torch.ones(()))
         # How much each scored scale counts. Not a buffer, because it decides what is computed, in exported graphs too.
         self._scale_weights = [1.0] * len(self.scored_sizes)
         # A third faster on a CPU, and in bfloat16 twice as fast. From the start, not for training alone, because the
@@ -310,6 +314,19 @@ class PedenetModel(nn.Module):
                 self.position_encodings[str(size)].weight.fill_(weight)
         return {size: float(self.position_encodings[str(size)].weight) for size in self.scale_shares}
 
+    @torch.no_grad()
+    def fit_normal_limit(self, images: torch.Tensor) -> None:
+        """Take the highest score of normal images for the limit of what is normal, where scores are to be 0.5.
+
+        Call it after :meth:`fit`.
+
+        Args:
+            images (torch.Tensor): Pre-processed normal images ``[B, 3, H, W]``.
+        """
+        limit = torch.cat([self._score(image)[1] for image in images.split(1)]).max()
+        # Images of one colour alone have none.
+        self.normal_limit = torch.where(limit > torch.finfo(limit.dtype).eps, limit, torch.ones_like(limit))
+
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Score images.
 
@@ -317,9 +334,10 @@ class PedenetModel(nn.Module):
             images (torch.Tensor): Pre-processed images ``[B, 3, H, W]``, at least as large as a patch.
 
         Returns:
-            InferenceBatch: ``anomaly_map [B, 1, H, W]``, the mean score of the patches covering each pixel, in units
-                of a normal patch's typical score, and ``pred_score [B]``, its maximum (times a weight, if the scorer
-                has one for images). Both are detached.
+            InferenceBatch: ``anomaly_map [B, 1, H, W]``, the mean score of the patches covering each pixel, and
+                ``pred_score [B]``, its maximum (times a weight, if the scorer has one for images). Both are
+                ``s / (s + normal_limit)``, so from 0 to below 1, and 0.5 for the highest score of normal images. They
+                are detached.
 
         Raises:
             RuntimeError: If the memory bank is empty.
@@ -328,22 +346,31 @@ class PedenetModel(nn.Module):
         self.check_is_fitted()
         self._check_tiler()
         with torch.no_grad():
-            tiles = self._tile(images)
-            maps, weights = [], []
-            for size, grid in self._embed(tiles, self.stride).items():
-                scorer = self.scorers[str(size)]
-                embeddings = self._arrange(grid, size, tiles, self.stride)
-                scores = scorer(embeddings)  # [B, h, w]
-                maps.append(scores_to_map(scores / scorer.typical_score, tiles.shape[-2:], size, self.stride))
-                weights.append(scorer.image_weights(embeddings, scores) if self.tiler is None else None)
-            anomaly_map = combine_maps(maps, list(self.scale_shares.values()), self.combination)
-            if self.tiler is not None:
-                anomaly_map = self.tiler.untile(anomaly_map)
-            pred_score = anomaly_map.amax(dim=(1, 2, 3))
-            given = [weight for weight in weights if weight is not None]
-            if given:
-                pred_score = pred_score * torch.stack(given).mean(dim=0)
-            return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
+            anomaly_map, pred_score = self._score(images)
+            # Within 0..1 in every batch: metrics of torchmetrics take a batch with a score outside for logits.
+            return InferenceBatch(
+                pred_score=pred_score / (pred_score + self.normal_limit),
+                anomaly_map=anomaly_map / (anomaly_map + self.normal_limit),
+            )
+
+    def _score(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the maps ``[B, 1, H, W]`` and scores ``[B]`` of images, in units of a normal patch's typical score."""
+        tiles = self._tile(images)
+        maps, weights = [], []
+        for size, grid in self._embed(tiles, self.stride).items():
+            scorer = self.scorers[str(size)]
+            embeddings = self._arrange(grid, size, tiles, self.stride)
+            scores = scorer(embeddings)  # [B, h, w]
+            maps.append(scores_to_map(scores / scorer.typical_score, tiles.shape[-2:], size, self.stride))
+            weights.append(scorer.image_weights(embeddings, scores) if self.tiler is None else None)
+        anomaly_map = combine_maps(maps, list(self.scale_shares.values()), self.combination)
+        if self.tiler is not None:
+            anomaly_map = self.tiler.untile(anomaly_map)
+        pred_score = anomaly_map.amax(dim=(1, 2, 3))
+        given = [weight for weight in weights if weight is not None]
+        if given:
+            pred_score = pred_score * torch.stack(given).mean(dim=0)
+        return anomaly_map, pred_score
 
     @property
     def _goes_by_place(self) -> bool:

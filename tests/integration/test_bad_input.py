@@ -3,6 +3,7 @@
 
 """Bad input through anomalib's Engine: one clear sentence, and nothing that was saved is touched."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,36 @@ from anomalib.data import ImageBatch, MVTecAD
 from anomalib.engine import Engine
 
 from anomalib_pedenet import Pedenet
-from tests.integration.conftest import write_dataset
 
 
 def make_engine(root: Path) -> Engine:
     return Engine(default_root_dir=root, enable_progress_bar=False)
 
 
-def test_one_training_image(tmp_path: Path) -> None:
-    root = write_dataset(tmp_path / "data", num_train=1)
-    datamodule = MVTecAD(root=root, category="stripes", num_workers=0)
-    with pytest.raises(ValueError, match=r"has 1 normal image\(s\), but Pedenet needs at least 2.*add images"):
-        make_engine(tmp_path).fit(Pedenet(), datamodule=datamodule)
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        (lambda image: image * 255, r"with values from 0 to 255: give them as read, divided by 255"),
+        (lambda image: (image - 0.45) / 0.22, r"with values from -2.05 to 2.5: .* and not normalised"),
+        (lambda image: (image * 255).byte(), r"torch.uint8 .*convert them, as image / 255"),
+        (lambda image: image[0], r"\(3, 112, 128\): give a single image as image\[None\]"),
+        (lambda image: image[0, 0], "give a batch of images"),
+        (lambda image: image[:, :1], r"give a grey image three times, as image.expand\(-1, 3, -1, -1\)"),
+        (lambda image: torch.cat([image, image[:, :1]], dim=1), r"leave the alpha channel out, as image\[:, :3\]"),
+        (lambda image: image[:, :2], "the second dimension must be the three colours"),
+    ],
+)
+def test_a_model_called_on_something_else_says_what_to_do(
+    change: Callable[[torch.Tensor], torch.Tensor], remedy: str
+) -> None:
+    image = torch.linspace(0, 1, 3 * 112 * 128).reshape(1, 3, 112, 128)
+    with pytest.raises(ValueError, match=remedy):
+        Pedenet()(change(image))
+
+
+def test_an_argument_that_there_is_not_is_refused_at_loading(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="Pedenet has no argument strid"):
+        Pedenet.load_from_checkpoint(tmp_path / "model.ckpt", strid=4)
 
 
 def test_testing_without_training(datamodule: MVTecAD, tmp_path: Path) -> None:

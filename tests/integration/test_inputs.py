@@ -305,14 +305,6 @@ def test_transforms_that_make_nan_are_found_by_the_file(
         make_engine(root).test(Pedenet(**SMALL), datamodule=datamodule, ckpt_path=trained[0])
 
 
-def test_a_folder_of_constant_images_is_refused(tmp_path: Path) -> None:
-    root = ordinary_images(tmp_path)
-    for path in (root / "train").iterdir():
-        Image.new("RGB", (120, 130), (90, 90, 90)).save(path)
-    with pytest.raises(ValueError, match=r"Each of the 4 training images .* is of one colour .*nothing to learn"):
-        make_engine(root).fit(Pedenet(**SMALL), datamodule=folder_of(root))
-
-
 def test_without_a_pre_processor_images_of_several_sizes_are_refused(tmp_path: Path) -> None:
     root = ordinary_images(tmp_path)
     write(root / "train", "wide.png", rgb(120, 200).save)

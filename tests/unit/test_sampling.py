@@ -18,7 +18,7 @@ from anomalib_pedenet.sampling import draw_views, sample_dense, sample_patches
 @pytest.fixture
 def network() -> PatchEmbeddingNetwork:
     torch.manual_seed(0)
-    return PatchEmbeddingNetwork().eval()  # in training mode, batch normalisation mixes the patches of a batch
+    return PatchEmbeddingNetwork(batch_norm=False)  # which mixes the patches of a batch
 
 
 def sample_crops(

@@ -51,6 +51,11 @@ def naive_map(model: PedenetModel, image: torch.Tensor, size: int) -> torch.Tens
     return total / count / scorer.typical_score
 
 
+def distances(scores: torch.Tensor, model: PedenetModel) -> torch.Tensor:
+    """Undo the last step: from scores between 0 and 1 to units of a normal patch's typical score."""
+    return model.normal_limit * scores / (1 - scores)
+
+
 @pytest.mark.parametrize("combination", ["product", "mean"])
 def test_map_and_score_equal_the_slow_way(model: PedenetModel, combination: str) -> None:
     model.combination = combination  # type: ignore[assignment]
@@ -58,7 +63,7 @@ def test_map_and_score_equal_the_slow_way(model: PedenetModel, combination: str)
     small, large = (naive_map(model, image, size) for size in (32, 64))
     expected = (small * large).sqrt() if combination == "product" else (small + large) / 2
     predictions = model(image[None])
-    torch.testing.assert_close(predictions.anomaly_map[0, 0], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(distances(predictions.anomaly_map[0, 0], model), expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(predictions.pred_score[0], predictions.anomaly_map.max())
 
 
@@ -103,11 +108,11 @@ def test_the_small_scale_alone_has_no_large_encoder() -> None:
 def test_mid_level_patches_are_scored_as_the_slow_way_does(mid_level: PedenetModel) -> None:
     image = torch.rand(3, 96, 80)
     small, large = naive_map(mid_level, image, 16), naive_map(mid_level, image, 32)
-    predicted = mid_level(image[None]).anomaly_map[0, 0]
+    predicted = distances(mid_level(image[None]).anomaly_map[0, 0], mid_level)
     torch.testing.assert_close(predicted, (small * large).sqrt(), rtol=1e-3, atol=1e-3)
 
     mid_level.weigh_scales({32: 0.5, 64: 0.9})
-    predicted = mid_level(image[None]).anomaly_map[0, 0]
+    predicted = distances(mid_level(image[None]).anomaly_map[0, 0], mid_level)
     torch.testing.assert_close(predicted, (small * large.sqrt()) ** (2 / 3), rtol=1e-3, atol=1e-3)
 
 
@@ -115,7 +120,8 @@ def test_a_scale_that_learned_nothing_takes_neither_time_nor_memory(mid_level: P
     image = torch.rand(3, 96, 80)
     expected = naive_map(mid_level, image, 16)
     mid_level.weigh_scales({32: 0.05, 64: 0.0})
-    torch.testing.assert_close(mid_level(image[None]).anomaly_map[0, 0], expected, rtol=1e-3, atol=1e-3)
+    predicted = distances(mid_level(image[None]).anomaly_map[0, 0], mid_level)
+    torch.testing.assert_close(predicted, expected, rtol=1e-3, atol=1e-3)
     assert mid_level.calibrate(torch.rand(2, 3, 96, 96)) == {16: 2.0}
     mid_level.fit([torch.rand(3, 3, 128, 160)])
     assert mid_level.scorers["16"].is_fitted
@@ -157,7 +163,8 @@ def test_one_trained_scale_is_scored_alone(model: PedenetModel) -> None:
     assert {name.split(".")[1] for name in unexpected} == {"64"}
     small.fit([torch.rand(3, 3, 128, 160)])
     image = torch.rand(3, 48, 80)  # too small for a patch of 64 px
-    torch.testing.assert_close(small(image[None]).anomaly_map[0, 0], naive_map(small, image, 32), rtol=1e-3, atol=1e-3)
+    predicted = distances(small(image[None]).anomaly_map[0, 0], small)
+    torch.testing.assert_close(predicted, naive_map(small, image, 32), rtol=1e-3, atol=1e-3)
 
 
 def test_standardization_makes_the_training_images_unit_variance() -> None:

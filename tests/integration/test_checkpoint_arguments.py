@@ -1,0 +1,243 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The command line crossed with a checkpoint: every argument is used, or refused by its name."""
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from anomalib.cli import AnomalibCLI
+
+from anomalib_pedenet import Pedenet
+from anomalib_pedenet.hyper_parameters import changes, check_changes
+from tests.integration.conftest import write_dataset
+
+TRAINED: dict[str, Any] = {
+    "image_size": [112, 128],
+    "max_steps": 4,
+    "steps_per_image": 1,
+    "crops_per_step": 1,
+    "patches_per_step": 64,
+    "pairs_per_step": 64,
+    "bank_size": 60,
+    "bank_stride": 16,
+    "train_precision": "float32",
+    "seed": 1,
+}
+
+# Another value of each argument than that of the checkpoint and the default.
+OTHER: dict[str, Any] = {
+    "image_size": [128, 128],
+    "patch_sizes": [32],
+    "scored_sizes": [24, 32],
+    "stride": 16,
+    "combination": "mean",
+    "scorer": "svdd",
+    "bank_size": 40,
+    "coreset": "uniform",
+    "bank_stride": 4,
+    "bank_seed": 3,
+    "position_weight": 2.0,
+    "embedding_dim": 32,
+    "num_components": 5,
+    "batch_norm": False,
+    "max_steps": 6,
+    "max_steps_at_chance": 700,
+    "steps_per_image": 2,
+    "holdout": 0.25,
+    "cache_gib": 1.0,
+    "training_mode": "patchwise",
+    "crops_per_step": 2,
+    "crop_size": 112,
+    "patches_per_step": 32,
+    "pairs_per_step": 32,
+    "color_shift": 0.2,
+    "noise": 0.2,
+    "learning_rate": 1e-4,
+    "lr_schedule": "constant",
+    "lambda_den": 1e-3,
+    "lambda_lpn": 0.5,
+    "lambda_reg": 1e-6,
+    "lambda_var": 0.5,
+    "min_std": 0.2,
+    "lambda_syn": 0.5,
+    "lambda_svdd": 1e-3,
+    "density_loss": "paper",
+    "density_warmup": 0.5,
+    "covariance_type": "full",
+    "covariance_jitter": 1e-2,
+    "train_precision": "bfloat16",
+    "cuda_graph": False,
+    "seed": 2,
+    "pre_trained": True,
+    # Components, by their configuration.
+    "pre_processor": False,
+    "post_processor": {
+        "class_path": "anomalib_pedenet.post_processor.PedenetPostProcessor",
+        "init_args": {"image_sensitivity": 0.7},
+    },
+    "evaluator": False,
+    "visualizer": False,
+}
+
+OF_THE_WEIGHTS = {"image_size", "patch_sizes", "scored_sizes", "embedding_dim", "num_components", "batch_norm"}
+OF_THE_BANK = {"scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight"}
+ALWAYS_USED = {"stride", "combination", "post_processor", "evaluator", "visualizer"}
+NEVER_USED = OF_THE_WEIGHTS | {"pre_trained", "pre_processor"}
+# Not in a training that goes on; `training_mode` needs a lambda_syn of 0, which would drop a network.
+OF_A_WHOLE_TRAINING = {"seed", "learning_rate", "lr_schedule", "training_mode"}
+
+COMMANDS = ("test", "predict", "export", "train")
+
+# One of each kind; the others take minutes, and are among the slow tests.
+SAMPLE = {"image_size", "stride", "scorer", "bank_size", "max_steps", "learning_rate", "post_processor"}
+
+
+def is_used(name: str, command: str) -> bool:
+    if name in ALWAYS_USED:
+        return True
+    if name in NEVER_USED or (command == "train" and name in OF_A_WHOLE_TRAINING):
+        return False
+    return command == "train" or (command == "test" and name in OF_THE_BANK)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"), num_train=4, size=(112, 128))
+
+
+def arguments(values: dict[str, Any]) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--model.{name}", json.dumps(value).strip('"'))]
+
+
+def run(command: str, data: Path, checkpoint: Path | None, asked: dict[str, Any]) -> Pedenet:
+    """Run a command of anomalib, and return the model that it used."""
+    options = ["--model", "Pedenet", *arguments(asked), "--trainer.enable_progress_bar", "false"]
+    options += ["--trainer.accelerator", "cpu"]
+    if checkpoint is not None:
+        options += ["--ckpt_path", str(checkpoint)]
+    if command in {"test", "train"}:
+        options += ["--data", "MVTecAD", "--data.root", str(data), "--data.category", "stripes"]
+        options += ["--data.train_batch_size", "2", "--data.num_workers", "0"]
+    elif command == "predict":
+        options += ["--data", str(data / "stripes/test/good")]
+    else:
+        options += ["--export_type", "torch", "--export_root", "export"]
+    cli = AnomalibCLI([command, *options])
+    if command != "export":
+        return cli.engine.trainer.lightning_module
+    (path,) = Path("export").rglob("*.pt")
+    return torch.load(path, weights_only=False)["model"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        run("train", data, None, TRAINED)
+    (path,) = root.rglob("latest/weights/lightning/model.ckpt")
+    return Path(shutil.copy(path, root / "model.ckpt"))
+
+
+def value_in_use(model: Pedenet, name: str) -> Any:  # noqa: ANN401
+    """Return the value of an argument, from where it takes effect as far as that is one place."""
+    places = {
+        "image_size": lambda: model.input_size,
+        "stride": lambda: model.model.stride,
+        "combination": lambda: model.model.combination,
+        "scorer": lambda: model.model.scorer,
+        "bank_size": lambda: model.model.bank_size,
+        "coreset": lambda: model.model.coreset,
+        "bank_seed": lambda: model.model.seed,
+        "position_weight": lambda: float(model.model.position_encodings["32"].weight),
+        "lambda_syn": lambda: model.loss.lambda_syn,
+        "lambda_svdd": lambda: model.loss.lambda_svdd,
+        "density_loss": lambda: model.loss.reading,
+        "covariance_type": lambda: model.loss.covariance_type,
+        "post_processor": lambda: {"image_sensitivity": model.post_processor.image_sensitivity},
+        "evaluator": lambda: model.evaluator is not None,
+        "visualizer": lambda: model.visualizer is not None,
+    }
+    return places[name]() if name in places else model.hparams[name]
+
+
+def test_all_arguments_are_here() -> None:
+    assert set(OTHER) == set(inspect.signature(Pedenet).parameters)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in SAMPLE else [pytest.mark.slow]) for name in OTHER]
+)
+def test_an_argument_is_used_or_refused_by_name(
+    name: str, command: str, data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = {name: OTHER[name]}
+    if not is_used(name, command):
+        with pytest.raises((ValueError, SystemExit, RuntimeError), match=rf"{name}|2"):
+            run(command, data, checkpoint, asked)
+        return
+    model = run(command, data, checkpoint, asked)
+    expected = OTHER[name]["init_args"] if isinstance(OTHER[name], dict) else OTHER[name]
+    assert value_in_use(model, name) == expected
+    assert model.model.is_fitted
+    if name in {"bank_size", "bank_stride"}:
+        assert len(model.model.scorers["24"].bank) == min(model.hparams.bank_size, 4 * 12 * 14)
+
+
+@pytest.mark.parametrize(
+    "name", set(OTHER) - {"pre_trained", "pre_processor", "post_processor", "evaluator", "visualizer"}
+)
+def test_every_argument_has_its_rule(name: str) -> None:
+    """The same as on the command line, by the rule alone, for all arguments."""
+    saved = dict(Pedenet().hparams)
+    ours = saved | {name: OTHER[name]}
+    assert changes(ours, saved) == [name]
+    purposes = {"test": "evaluate", "predict": "evaluate", "export": "export", "train": "resume"}
+    for command, purpose in purposes.items():
+        # A bank that cannot be built for want of training images is refused when it is to be built.
+        is_left_to_the_bank = command == "predict" and name in OF_THE_BANK
+        is_left_to_the_range = command == "train" and name == "training_mode"
+        if is_used(name, command) or is_left_to_the_bank or is_left_to_the_range:
+            check_changes([name], ours, saved, purpose)  # type: ignore[arg-type]
+        else:
+            with pytest.raises(ValueError, match=f"trained with {name}=.*leave {name} out|memory bank has to be built"):
+                check_changes([name], ours, saved, purpose)  # type: ignore[arg-type]
+
+
+def test_a_resumed_training_is_tested_with_its_own_result(
+    data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``Engine.train`` tests the checkpoint that it is given, from which the training went on."""
+    monkeypatch.chdir(tmp_path)
+    model = run("train", data, checkpoint, {"max_steps": 8})
+    old = torch.load(checkpoint, weights_only=True)["state_dict"]
+    (path,) = tmp_path.rglob("latest/weights/lightning/model.ckpt")
+    new = torch.load(path, weights_only=True)["state_dict"]
+    name = "model.embedding_network.small_encoder.0.weight"
+    assert not old[name].equal(new[name])
+    assert model.state_dict()[name].equal(new[name])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_left_out_is_the_checkpoints(
+    command: str, data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = run(command, data, checkpoint, {})
+    saved = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
+    for name in OTHER:
+        if name in saved:
+            value = model.hparams[name]
+            assert (list(value) if isinstance(value, tuple) else value) == (
+                list(saved[name]) if isinstance(saved[name], tuple) else saved[name]
+            ), name
+    assert model.input_size == (112, 128)
+    assert len(model.model.scorers["24"].bank) == 60
