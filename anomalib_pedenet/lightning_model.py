@@ -36,6 +36,7 @@ from tqdm import tqdm
 from anomalib_pedenet.anomaly_map import Combination
 from anomalib_pedenet.criterion import draw_test_defects, drawn_defect_auroc
 from anomalib_pedenet.export import PedenetExportMixin
+from anomalib_pedenet.exportable_resize import resize_as_in_training
 from anomalib_pedenet.hyper_parameters import (
     LearningRateSchedule,
     TrainingMode,
@@ -291,6 +292,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        resize_as_in_training(self.pre_processor)
         validate(self.hparams)
 
         # The program's own generator is left alone: a checkpoint that is loaded must not seed it.
@@ -919,6 +921,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         from anomalib_pedenet.checkpoint_io import NETWORK  # imports the engine, as models must not
 
         super().on_load_checkpoint(checkpoint)
+        resize_as_in_training(self.pre_processor)  # its transform is the checkpoint's now
         saved = checkpoint.get("hyper_parameters", {})
         if not any(name.startswith(NETWORK) for name in checkpoint.get("state_dict", {})):
             msg = "The checkpoint holds no Pedenet weights: pass a checkpoint that was trained with --model Pedenet."
