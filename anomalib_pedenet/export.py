@@ -15,11 +15,15 @@ from anomalib.deploy import CompressionType
 from anomalib.metrics import F1Score
 from anomalib.models.components.base.export_mixin import ExportMixin
 from lightning_utilities.core.imports import module_available
+from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from anomalib_pedenet.normal_images import NormalImages, spread
 from anomalib_pedenet.torch_model import PedenetModel
+
+OPSETS = range(18, 26)
+"""Versions of ONNX's operators to which torch exports; of others it writes files that ONNX Runtime refuses."""
 
 
 class PedenetExportMixin(ExportMixin):
@@ -27,24 +31,37 @@ class PedenetExportMixin(ExportMixin):
 
     Attributes:
         model (PedenetModel): The torch model.
+        pre_processor (nn.Module | None): What images go through before it.
     """
 
     model: PedenetModel
+    pre_processor: nn.Module | None
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export to PyTorch's format; see ``ExportMixin.to_torch``.
+        """Export to PyTorch's format, in evaluation mode; see ``ExportMixin.to_torch``.
 
         Raises:
             RuntimeError: If there is no memory bank yet (the other formats find that out by running the model).
         """
         self.model.check_is_fitted()
+        self.eval()
         return super().to_torch(export_root, model_file_name)
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - of the mixin
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,  # noqa: ANN401 - of the mixin
+    ) -> Path:
         """Export to ONNX, on the way to OpenVINO too; see ``ExportMixin.to_onnx``.
 
+        Unless they are given, ``opset_version`` is the smallest of :data:`OPSETS`, and ``external_data`` is ``False``:
+        one file. Models near to 2 GB, the most that such a file can hold, get a second one in any case.
+
         Raises:
-            ValueError: If the scorer cannot be part of a graph.
+            ValueError: If the scorer cannot be part of a graph, the opset cannot be exported to, or there are tiles of
+                images whose size the graph would not know.
         """
         for scorer in self.model.scorers.values():
             if not scorer.exportable:
@@ -53,7 +70,28 @@ class PedenetExportMixin(ExportMixin):
                     "OpenVINO: train with the scorer 'exact', or load the checkpoint with it and validate once."
                 )
                 raise ValueError(msg)
-        return super().to_onnx(*args, **kwargs)
+        opset = kwargs.setdefault("opset_version", OPSETS.start)
+        if type(opset) is not int or opset not in OPSETS:
+            msg = (
+                f"opset_version must be an integer from {OPSETS.start} to {OPSETS.stop - 1}, got {opset!r}: leave it "
+                f"out for {OPSETS.start}, which the most runtimes read."
+            )
+            raise ValueError(msg)
+        if self.model.tiler is not None and input_size is None and not self._resizes_to_one_size():
+            msg = (
+                "The exported graph cuts images into tiles, for which it must know their size: pass input_size, or "
+                "use a pre_processor that resizes to a height and a width."
+            )
+            raise ValueError(msg)
+        kwargs.setdefault("external_data", False)
+        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def _resizes_to_one_size(self) -> bool:
+        """Return whether the pre-processor makes images of all sizes equally large."""
+        if self.pre_processor is None:
+            return False
+        wide = torch.zeros(1, 3, 300, 400, device=self.device)
+        return bool(self.pre_processor(wide).shape == self.pre_processor(wide.mT).shape)
 
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - of the mixin
         """Export to OpenVINO; see ``ExportMixin.to_openvino``.
