@@ -3,6 +3,8 @@
 
 """Exports of a trained model: anomalib's, with checks before any work is done, and INT8 of the convolutions alone."""
 
+import logging
+from abc import abstractmethod
 from copy import deepcopy
 from inspect import signature
 from pathlib import Path
@@ -15,11 +17,19 @@ from anomalib.deploy import CompressionType
 from anomalib.metrics import F1Score
 from anomalib.models.components.base.export_mixin import ExportMixin
 from lightning_utilities.core.imports import module_available
+from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from anomalib_pedenet.normal_images import NormalImages, spread
 from anomalib_pedenet.torch_model import PedenetModel
+
+logger = logging.getLogger(__name__)
+
+_LARGE_DROP = 0.1
+
+OPSETS = range(18, 26)
+"""Versions of ONNX's operators to which torch exports; of others it writes files that ONNX Runtime refuses."""
 
 
 class PedenetExportMixin(ExportMixin):
@@ -27,24 +37,42 @@ class PedenetExportMixin(ExportMixin):
 
     Attributes:
         model (PedenetModel): The torch model.
+        pre_processor (nn.Module | None): What images go through before it.
     """
 
     model: PedenetModel
+    pre_processor: nn.Module | None
+
+    @abstractmethod
+    def _warn_without_thresholds(self) -> None:
+        """Say once that there are no thresholds, if there are none."""
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export to PyTorch's format; see ``ExportMixin.to_torch``.
+        """Export to PyTorch's format, in evaluation mode; see ``ExportMixin.to_torch``.
 
         Raises:
             RuntimeError: If there is no memory bank yet (the other formats find that out by running the model).
         """
         self.model.check_is_fitted()
+        self._warn_without_thresholds()
+        self.eval()
         return super().to_torch(export_root, model_file_name)
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - of the mixin
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,  # noqa: ANN401 - of the mixin
+    ) -> Path:
         """Export to ONNX, on the way to OpenVINO too; see ``ExportMixin.to_onnx``.
 
+        Unless they are given, ``opset_version`` is the smallest of :data:`OPSETS`, and ``external_data`` is ``False``:
+        one file. Models near to 2 GB, the most that such a file can hold, get a second one in any case.
+
         Raises:
-            ValueError: If the scorer cannot be part of a graph.
+            ValueError: If the scorer cannot be part of a graph, the opset cannot be exported to, or there are tiles of
+                images whose size the graph would not know.
         """
         for scorer in self.model.scorers.values():
             if not scorer.exportable:
@@ -53,7 +81,29 @@ class PedenetExportMixin(ExportMixin):
                     "OpenVINO: train with the scorer 'exact', or load the checkpoint with it and validate once."
                 )
                 raise ValueError(msg)
-        return super().to_onnx(*args, **kwargs)
+        opset = kwargs.setdefault("opset_version", OPSETS.start)
+        if type(opset) is not int or opset not in OPSETS:
+            msg = (
+                f"opset_version must be an integer from {OPSETS.start} to {OPSETS.stop - 1}, got {opset!r}: leave it "
+                f"out for {OPSETS.start}, which the most runtimes read."
+            )
+            raise ValueError(msg)
+        if self.model.tiler is not None and input_size is None and not self._resizes_to_one_size():
+            msg = (
+                "The exported graph cuts images into tiles, for which it must know their size: pass input_size, or "
+                "use a pre_processor that resizes to a height and a width."
+            )
+            raise ValueError(msg)
+        self._warn_without_thresholds()
+        kwargs.setdefault("external_data", False)
+        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def _resizes_to_one_size(self) -> bool:
+        """Return whether the pre-processor makes images of all sizes equally large."""
+        if self.pre_processor is None:
+            return False
+        wide = torch.zeros(1, 3, 300, 400, device=self.device)
+        return bool(self.pre_processor(wide).shape == self.pre_processor(wide.mT).shape)
 
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - of the mixin
         """Export to OpenVINO; see ``ExportMixin.to_openvino``.
@@ -99,13 +149,15 @@ class PedenetExportMixin(ExportMixin):
             return quantization.compress_weights(model)
         if datamodule is None:
             msg = (
-                f"{CompressionType(compression_type).name} needs images to calibrate on: pass the data module of the "
-                "training (--data on the command line)."
+                f"Datamodule must be provided for {CompressionType(compression_type).name}, which needs images to "
+                "calibrate on: pass that of the training (--data on the command line)."
             )
             raise ValueError(msg)
         if not 0 <= max_drop <= 1:
             msg = f"max_drop must be between 0 and 1, got {max_drop}."
             raise ValueError(msg)
+        if compression_type == CompressionType.INT8_ACQ and max_drop > _LARGE_DROP:
+            logger.warning("max_drop=%s is a large value: the metric may fall by as much (0.01 is usual).", max_drop)
         datamodule.setup("fit")
         loader = datamodule.train_dataloader()
         chosen = spread(len(loader.dataset), quantization.MAX_CALIBRATION_IMAGES)

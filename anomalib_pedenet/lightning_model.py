@@ -41,6 +41,7 @@ from tqdm import tqdm
 from anomalib_pedenet.anomaly_map import Combination
 from anomalib_pedenet.criterion import draw_test_defects, drawn_defect_auroc
 from anomalib_pedenet.export import PedenetExportMixin
+from anomalib_pedenet.exportable_resize import resize_as_in_training
 from anomalib_pedenet.fit_loop import begin_anew, can_stop_early, is_last_batch, is_told_to_stop, validate_now
 from anomalib_pedenet.hyper_parameters import (
     LearningRateSchedule,
@@ -307,6 +308,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        resize_as_in_training(self.pre_processor)
         self._given_components = {name: part for name, part in components.items() if part is not True}
         hparams = resolve(self.hparams)
         validate(hparams)
@@ -971,8 +973,12 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             )
         self._warn_without_thresholds()
         # The model may be saved, and go on with other data: what this training alone needed must not go with it.
-        self._pool = self._step = self._guard = self._held_back = None
+        self._pool = self._step = self._guard = None
         self._last_metrics = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled, in exports to PyTorch's format: no images."""
+        return super().__getstate__() | {"_held_back": None}
 
     def _reset_metrics(self) -> None:
         """Reset all metrics: a validation or test that was interrupted leaves scores behind."""
@@ -1116,11 +1122,10 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         enabled = dict(checkpoint.get("anomalib_components_enabled") or {})
         ours, theirs = self.pre_processor, checkpoint.get("anomalib_pre_processor_config")
         if "pre_processor" in given:
-            has_config = (
-                hasattr(ours, "checkpoint_config") and theirs is not None and theirs.get("transform") is not None
-            )
             is_same = enabled.get("pre_processor", True) == (ours is not None)
-            if not is_same or (has_config and ours.checkpoint_config() != theirs):
+            if isinstance(ours, PreProcessor) and theirs and theirs["transform"] is not None:
+                is_same = is_same and ours.checkpoint_config() == theirs
+            if not is_same:
                 msg = (
                     "The checkpoint was trained with another pre_processor than the one given, and its weights do not "
                     "fit other images: leave pre_processor out, or train a new model with it."
@@ -1136,6 +1141,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         kept: dict[str, Any] = {f"anomalib_{name}_config": None for name in given}
         kept["anomalib_components_enabled"] = enabled | dict.fromkeys(given, True)
         super().on_load_checkpoint(checkpoint | kept)
+        resize_as_in_training(self.pre_processor)  # its transform is the checkpoint's now
         # Thresholds go with the checkpoint; the constants of metrics, such as AUPRO's limit, with who measures.
         thresholds = {f"post_processor.{name}" for name in THRESHOLDS}
         theirs_kept = {name: value for name, value in checkpoint["state_dict"].items() if name in thresholds}

@@ -27,6 +27,7 @@ from anomalib_pedenet.patches import MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.position import PositionEncoding, choose_weight
 from anomalib_pedenet.projection import PrincipalProjection
 from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
+from anomalib_pedenet.tiling import tile, untile
 
 MIN_SCALE_WEIGHT = 0.2
 """A scale that counts less beside another, which counts 1, is not worth its time."""
@@ -344,7 +345,8 @@ class PedenetModel(nn.Module):
             ValueError: If the images are smaller than a patch, or the model does not go with a tiler that is set.
         """
         self.check_is_fitted()
-        self._check_tiler()
+        if not torch.compiler.is_compiling():  # values of tensors are not known then; anomalib runs the model before
+            self._check_tiler()
         with torch.no_grad():
             anomaly_map, pred_score = self._score(images)
             # Within 0..1 in every batch: metrics of torchmetrics take a batch with a score outside for logits.
@@ -364,8 +366,7 @@ class PedenetModel(nn.Module):
             maps.append(scores_to_map(scores / scorer.typical_score, tiles.shape[-2:], size, self.stride))
             weights.append(scorer.image_weights(embeddings, scores) if self.tiler is None else None)
         anomaly_map = combine_maps(maps, list(self.scale_shares.values()), self.combination)
-        if self.tiler is not None:
-            anomaly_map = self.tiler.untile(anomaly_map)
+        anomaly_map = self._untile(anomaly_map, images.shape[-2:])
         pred_score = anomaly_map.amax(dim=(1, 2, 3))
         given = [weight for weight in weights if weight is not None]
         if given:
@@ -445,4 +446,12 @@ class PedenetModel(nn.Module):
 
     def _tile(self, images: torch.Tensor) -> torch.Tensor:
         """Return the images' tiles if a tiler is set, else the images."""
-        return images if self.tiler is None else self.tiler.tile(images)
+        if self.tiler is None:
+            return images
+        return tile(images, self.tiler) if torch.compiler.is_compiling() else self.tiler.tile(images)
+
+    def _untile(self, maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """Return the maps of images of some height and width from those of their tiles, if a tiler is set."""
+        if self.tiler is None:
+            return maps
+        return untile(maps, size, self.tiler) if torch.compiler.is_compiling() else self.tiler.untile(maps)

@@ -84,11 +84,11 @@ class Inspector:
 
     def inspect(self, image: Image.Image) -> Prediction:
         """Score an RGB image of any size."""
+        pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 255  # [3, H, W], RGB in 0..1
         if self.size is not None and image.size != self.size:
-            image = image.resize(self.size, Image.Resampling.BILINEAR)  # antialiased, as in training
-        pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)[None] / 255  # [1, 3, H, W], RGB in 0..1
+            pixels = resize(pixels, self.size)
         start = time.perf_counter()
-        results = self.compiled(np.ascontiguousarray(pixels))
+        results = self.compiled(np.ascontiguousarray(pixels[None]))
         milliseconds = 1000 * (time.perf_counter() - start)
         return Prediction(
             score=results["pred_score"].item(),
@@ -97,6 +97,12 @@ class Inspector:
             mask=results["pred_mask"].reshape(results["pred_mask"].shape[-2:]).astype(bool),
             milliseconds=milliseconds,
         )
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize `[3, H, W]` to a width and a height as in training: antialiased, and not rounded to whole grey levels."""
+    channels = [Image.fromarray(channel).resize(size, Image.Resampling.BILINEAR) for channel in pixels]
+    return np.stack([np.asarray(channel) for channel in channels])
 
 
 def draw_overlay(image: Image.Image, prediction: Prediction) -> Image.Image:

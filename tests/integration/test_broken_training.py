@@ -9,16 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
-from PIL import Image
 
 from anomalib_pedenet import Pedenet
 from anomalib_pedenet.training_step import TrainingStep
-from tests.integration.conftest import write_dataset
 from tests.integration.trainings import SMALL
 
 
@@ -109,20 +106,6 @@ def test_an_exploding_training_ends_with_its_remedy(datamodule: MVTecAD, tmp_pat
     model = Pedenet(**SMALL | {"steps_per_image": 4}, max_steps=60, learning_rate=1e30, lr_schedule="constant")
     with pytest.raises(ValueError, match=r"not finite after \d+ steps, 10 in a row .* lower learning_rate"):
         fit(model, datamodule, tmp_path)
-
-
-def write_constant(root: Path) -> MVTecAD:
-    """Write a data set all of whose training images are one grey."""
-    write_dataset(root, num_train=4, size=(112, 128))
-    for path in (root / "stripes/train/good").iterdir():
-        Image.fromarray(np.full((112, 128, 3), 90, dtype=np.uint8)).save(path)
-    return MVTecAD(root=root, category="stripes", train_batch_size=2, eval_batch_size=2, num_workers=0)
-
-
-def test_constant_images_say_that_there_is_nothing_to_learn(tmp_path: Path) -> None:
-    message = r"Each of the 4 training images .* is of one colour .*, so that all patches are identical.*: look into"
-    with pytest.raises(ValueError, match=message):
-        fit(Pedenet(**SMALL, max_steps=8), write_constant(tmp_path / "data"), tmp_path)
 
 
 def test_a_singular_covariance_is_said_with_its_remedy(datamodule: MVTecAD, tmp_path: Path) -> None:

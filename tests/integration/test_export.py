@@ -3,19 +3,28 @@
 
 """Exports through anomalib's Engine and both inferencers give what the checkpoint gives."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import openvino
 import pytest
 import torch
-from anomalib.data import MVTecAD
+from anomalib.data import InferenceBatch, MVTecAD, PredictDataset
+from anomalib.data.utils import read_image
+from anomalib.data.utils.tiler import Tiler
 from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, Evaluator
-from torchvision.io import read_image
+from anomalib.pre_processing import PreProcessor
+from PIL import Image
+from torchvision.transforms.v2 import Resize
 
 from anomalib_pedenet import Pedenet
+from anomalib_pedenet.export import OPSETS
 
 
 @pytest.fixture(scope="module")
@@ -29,34 +38,165 @@ def trained(dataset_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     return engine, Path(engine.best_model_path)
 
 
-@pytest.mark.parametrize("export_type", [ExportType.TORCH, ExportType.ONNX, ExportType.OPENVINO])
-def test_inferencers_equal_the_checkpoint(
-    trained: tuple[Engine, Path],
-    dataset_root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    export_type: ExportType,
+@pytest.fixture(scope="module")
+def exported(trained: tuple[Engine, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[ExportType, Path]:
+    """Exports by their type, for images of any size."""
+    engine, checkpoint = trained
+    root = tmp_path_factory.mktemp("exported")
+    return {kind: engine.export(Pedenet(), kind, export_root=root, ckpt_path=checkpoint) for kind in ExportType}
+
+
+@pytest.fixture(scope="module")
+def images(dataset_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images larger and smaller than the training's, upright and lying, normal and not, of fine detail."""
+    root = tmp_path_factory.mktemp("images")
+    stripes = Image.open(dataset_root / "stripes/test/square/001.png")
+    generator = np.random.default_rng(0)
+    for width, height in ((900, 900), (300, 300), (511, 97), (97, 511), (80, 100), (160, 144)):
+        pixels = np.asarray(stripes.resize((width, height))) + generator.normal(0, 40, (height, width, 3))
+        if width <= height:
+            pixels[: height // 2, : width // 2] = 255 * generator.integers(0, 2, 3)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"{width}x{height}.png")
+    return root
+
+
+def _say(output: Mapping[str, np.ndarray] | InferenceBatch) -> tuple[float, bool, np.ndarray]:
+    """Return score, label and anomaly map of one image."""
+    output = output if isinstance(output, Mapping) else output._asdict()
+    values = (np.asarray(output[name]).squeeze() for name in ("pred_score", "pred_label", "anomaly_map"))
+    score, label, anomaly_map = values
+    return float(score), bool(label), anomaly_map
+
+
+def test_exports_score_images_of_all_sizes_as_the_checkpoint(
+    trained: tuple[Engine, Path], exported: dict[ExportType, Path], images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The checkpoint, through the engine, resizes as the training did whose thresholds it has."""
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
     engine, checkpoint = trained
-    path = engine.export(Pedenet(), export_type, export_root=tmp_path, ckpt_path=checkpoint)
     model = Pedenet.load_from_checkpoint(checkpoint).eval()
-    inferencer = (
-        TorchInferencer(path, device="cpu")
-        if export_type == ExportType.TORCH
-        # Without it OpenVINO takes bfloat16 on processors that have it.
-        else OpenVINOInferencer(path, config={"INFERENCE_PRECISION_HINT": "f32"})
-    )
-    for name in ("good/000", "square/001"):
-        image = dataset_root / f"stripes/test/{name}.png"
-        expected = model(read_image(str(image))[None] / 255)
-        prediction = inferencer.predict(image)
-        np.testing.assert_allclose(
-            np.asarray(prediction.anomaly_map).squeeze(),
-            expected.anomaly_map.squeeze().numpy(),
-            atol=1e-3,
-        )
-        assert float(np.asarray(prediction.pred_score).squeeze()) == pytest.approx(expected.pred_score.item(), abs=1e-3)
+    pickled = TorchInferencer(exported[ExportType.TORCH], device="cpu")
+    session = onnxruntime.InferenceSession(exported[ExportType.ONNX])
+    # Without it OpenVINO takes bfloat16 on processors that have it.
+    compiled = openvino.compile_model(exported[ExportType.OPENVINO], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    names = [output.name for output in session.get_outputs()]
+    batches = engine.predict(model, dataset=PredictDataset(images), ckpt_path=checkpoint)
+    assert len(batches) == 6
+    for batch in batches:
+        expected = _say({name: getattr(batch, name) for name in ("pred_score", "pred_label", "anomaly_map")})
+        image = read_image(batch.image_path[0], as_tensor=True)[None]
+        answers = {
+            "model(image)": model(image),
+            "torch": pickled.model(image),
+            "onnx": dict(zip(names, session.run(None, {"input": image.numpy()}), strict=True)),
+            "openvino": {key.any_name: value for key, value in compiled(image.numpy()).items()},
+        }
+        for kind, answer in answers.items():
+            score, label, anomaly_map = _say(answer)
+            assert score == pytest.approx(expected[0], abs=1e-3), (kind, batch.image_path)
+            assert label == expected[1], (kind, batch.image_path)
+            np.testing.assert_allclose(anomaly_map, expected[2], atol=1e-3, err_msg=f"{kind}, {batch.image_path}")
+
+
+def test_inferencers_equal_the_checkpoint(
+    trained: tuple[Engine, Path],
+    exported: dict[ExportType, Path],
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    monkeypatch.chdir(tmp_path)  # OpenVINO's inferencer keeps a cache there
+    model = Pedenet.load_from_checkpoint(trained[1]).eval()
+    config = {"INFERENCE_PRECISION_HINT": "f32"}
+    inferencers = [
+        TorchInferencer(exported[ExportType.TORCH], device="cpu"),
+        OpenVINOInferencer(exported[ExportType.ONNX], config=config),
+        OpenVINOInferencer(exported[ExportType.OPENVINO], config=config),
+    ]
+    for path in sorted(images.glob("*.png")):
+        expected = _say(model(read_image(path, as_tensor=True)[None]))
+        for inferencer in inferencers:
+            prediction = inferencer.predict(path)
+            score, label, anomaly_map = _say(vars(prediction))
+            assert (score, label) == (pytest.approx(expected[0], abs=1e-3), expected[1])
+            np.testing.assert_allclose(anomaly_map, expected[2], atol=1e-3)
+
+
+def test_a_pickled_model_is_in_evaluation_mode(trained: tuple[Engine, Path], tmp_path: Path) -> None:
+    model = Pedenet.load_from_checkpoint(trained[1]).train()
+    path = model.to_torch(tmp_path)
+    assert not torch.load(path, weights_only=False)["model"].training
+
+
+def test_onnx_is_one_file_that_the_most_runtimes_read(exported: dict[ExportType, Path]) -> None:
+    path = exported[ExportType.ONNX]
+    assert list(path.parent.iterdir()) == [path]
+    (version,) = (opset.version for opset in onnx.load(path).opset_import if opset.domain == "")
+    assert version == OPSETS.start
+
+
+def test_onnx_is_written_as_asked_for(trained: tuple[Engine, Path], tmp_path: Path) -> None:
+    model = Pedenet.load_from_checkpoint(trained[1])
+    path = model.to_onnx(tmp_path, opset_version=OPSETS.stop - 1, external_data=True, verbose=False)
+    assert path.with_name(path.name + ".data").exists()
+    image = torch.rand(1, 3, 200, 300)
+    expected = model(image)
+    score, *_ = onnxruntime.InferenceSession(path).run(["pred_score"], {"input": image.numpy()})
+    np.testing.assert_allclose(score, expected.pred_score, atol=1e-4)
+    compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    np.testing.assert_allclose(compiled(image.numpy())["pred_score"], expected.pred_score, atol=1e-4)
+
+
+@pytest.mark.parametrize("opset", [14, 17, 26, 18.0, "18", True, None])
+def test_other_opsets_are_refused_before_anything_is_written(
+    trained: tuple[Engine, Path], tmp_path: Path, opset: object
+) -> None:
+    model = Pedenet.load_from_checkpoint(trained[1])
+    message = re.escape(f"opset_version must be an integer from 18 to 25, got {opset!r}: leave it out for 18, ")
+    with pytest.raises(ValueError, match=message):
+        model.to_onnx(tmp_path, opset_version=opset)
+    with pytest.raises(ValueError, match=message):
+        model.to_openvino(tmp_path, onnx_kwargs={"opset_version": opset})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def tiled() -> Pedenet:
+    """A model that scores overlapping tiles of images that they do not fill."""
+    model = Pedenet(image_size=(144, 160), position_weight=0.0, bank_size=50).eval()
+    model.model.tiler = Tiler(tile_size=(96, 64), stride=(64, 56))
+    normal = torch.rand(4, 3, 144, 160)
+    model.model.calibrate(normal)
+    model.model.fit([normal])
+    return model
+
+
+def test_tiled_exports_equal_the_model(tiled: Pedenet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    images = torch.rand(2, 3, 200, 300)
+    expected = tiled(images)
+    path = tiled.to_onnx(tmp_path, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    pickled = TorchInferencer(tiled.to_torch(tmp_path), device="cpu").model
+    assert pickled.model.tiler is not None
+    results = compiled(images.numpy())
+    for name in ("pred_score", "anomaly_map"):
+        whole = getattr(expected, name)
+        np.testing.assert_allclose(session.run([name], {"input": images.numpy()})[0], whole, atol=1e-4)
+        np.testing.assert_allclose(results[name], whole, atol=1e-4)
+        np.testing.assert_allclose(getattr(pickled(images), name), whole)
+    torch.testing.assert_close(tiled(images).anomaly_map, expected.anomaly_map)  # the tiler still has its own sizes
+
+
+def test_tiles_of_images_of_unknown_size_are_not_exported(tiled: Pedenet, tmp_path: Path) -> None:
+    message = "must know their size: pass input_size, or use a pre_processor that resizes to a height and a width"
+    for pre_processor in (None, PreProcessor(Resize(144))):
+        tiled.pre_processor = pre_processor
+        with pytest.raises(ValueError, match=message):
+            tiled.to_onnx(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_test_from_the_checkpoint_equals_the_fitted_model(trained: tuple[Engine, Path], datamodule: MVTecAD) -> None:
@@ -96,7 +236,7 @@ def openvino_predictions(
     """Models by their compression, and what they say of a good and a defective image."""
     engine, checkpoint = trained
     images = [
-        read_image(str(dataset_root / f"stripes/test/{name}.png"))[None].numpy() / np.float32(255)
+        read_image(dataset_root / f"stripes/test/{name}.png", as_tensor=True)[None].numpy()
         for name in ("good/000", "square/001")
     ]
     exported = {}
@@ -183,7 +323,7 @@ def test_a_model_for_a_fixed_batch_is_quantized(
 
 def test_quantization_needs_images(trained: tuple[Engine, Path], tmp_path: Path) -> None:
     engine, checkpoint = trained
-    with pytest.raises(ValueError, match="INT8_PTQ needs images to calibrate on: pass the data module"):
+    with pytest.raises(ValueError, match="Datamodule must be provided for INT8_PTQ, which needs images"):
         engine.export(
             Pedenet(), "openvino", export_root=tmp_path, ckpt_path=checkpoint, compression_type=CompressionType.INT8_PTQ
         )

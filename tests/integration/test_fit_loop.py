@@ -181,6 +181,7 @@ def test_a_second_training_of_a_model_leaves_nothing_of_the_first(datamodule: MV
 def test_a_trained_model_keeps_no_training_images(datamodule: MVTecAD, tmp_path: Path) -> None:
     """A pickled export holds all that the model holds: it is as large as that of the loaded checkpoint."""
     model = Pedenet(**SMALL, max_steps=6, holdout=0.34)
+    assert model._held_back is None
     engine = engine_in(tmp_path)
     engine.fit(model, datamodule=datamodule)
     sizes = []
