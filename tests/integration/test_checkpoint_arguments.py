@@ -240,4 +240,8 @@ def test_what_is_left_out_is_the_checkpoints(
                 list(saved[name]) if isinstance(saved[name], tuple) else saved[name]
             ), name
     assert model.input_size == (112, 128)
+    if command in {"test", "train"}:  # the data module was set up before the checkpoint was read
+        datamodule = model.trainer.datamodule
+        for images in (datamodule.train_data, datamodule.val_data, datamodule.test_data):
+            assert tuple(images.augmentations.size) == (112, 128)
     assert len(model.model.scorers["24"].bank) == 60
