@@ -92,6 +92,8 @@ NEVER_USED = OF_THE_WEIGHTS | {"pre_trained", "pre_processor"}
 # Not in a training that goes on; `training_mode` needs a lambda_syn of 0, which would drop a network.
 OF_A_WHOLE_TRAINING = {"seed", "learning_rate", "lr_schedule", "training_mode"}
 
+COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")
+
 COMMANDS = ("test", "predict", "export", "train")
 
 # One of each kind; the others take minutes, and are among the slow tests.
@@ -192,9 +194,7 @@ def test_an_argument_is_used_or_refused_by_name(
         assert len(model.model.scorers["24"].bank) == min(model.hparams.bank_size, 4 * 12 * 14)
 
 
-@pytest.mark.parametrize(
-    "name", set(OTHER) - {"pre_trained", "pre_processor", "post_processor", "evaluator", "visualizer"}
-)
+@pytest.mark.parametrize("name", [name for name in OTHER if name not in {"pre_trained", *COMPONENTS}])
 def test_every_argument_has_its_rule(name: str) -> None:
     """The same as on the command line, by the rule alone, for all arguments."""
     saved = dict(Pedenet().hparams)
