@@ -1143,12 +1143,11 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         super().on_load_checkpoint(checkpoint | kept)
         resize_as_in_training(self.pre_processor)  # its transform is the checkpoint's now
         # Thresholds go with the checkpoint; the constants of metrics, such as AUPRO's limit, with who measures.
-        thresholds = {f"post_processor.{name}" for name in THRESHOLDS}
-        theirs_kept = {name: value for name, value in checkpoint["state_dict"].items() if name in thresholds}
+        found = checkpoint["state_dict"]
         for prefix in ("evaluator.", "pre_processor.", "post_processor."):
             self._replace_state(checkpoint, prefix)
         state = checkpoint["state_dict"]
-        state.update({name: value for name, value in theirs_kept.items() if name in state})
+        state.update({name: found[name] for name in state if name.startswith("post_processor.") and name in found})
 
     def _replace_state(self, checkpoint: dict[str, Any], prefix: str) -> None:
         """Put this model's own state in place of a checkpoint's, where names begin with ``prefix``."""

@@ -82,7 +82,7 @@ class PedenetModel(nn.Module):
 
     Attributes:
         normal_limit (torch.Tensor): Highest score of normal images, in units of a normal patch's typical score, scalar;
-            1 before :meth:`fit_normal_limit`.
+            at least 1, and 1 before :meth:`fit_normal_limit`.
         tiler (Tiler | None): Set by anomalib's ``TilerConfigurationCallback`` to score large images tile by tile.
 
     Example:
@@ -325,8 +325,8 @@ class PedenetModel(nn.Module):
             images (torch.Tensor): Pre-processed normal images ``[B, 3, H, W]``.
         """
         limit = torch.cat([self._score(image)[1] for image in images.split(1)]).max()
-        # Images of one colour alone have none.
-        self.normal_limit = torch.where(limit > torch.finfo(limit.dtype).eps, limit, torch.ones_like(limit))
+        # All patches of few images are in the bank, at a distance of 0 that says nothing of other images.
+        self.normal_limit = limit.clamp(min=1)
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Score images.

@@ -68,7 +68,7 @@ def test_code_runs(document: str, workplace: Path) -> None:
             exported = trained.export(trained.model, "openvino", export_root=workplace)
             for path in Path(exported).parent.glob("model.*"):
                 shutil.copy(path, workplace / path.name)
-        if 'ckpt_path="model.ckpt"' in block:
+        if '"model.ckpt"' in block:
             assert isinstance(trained, Engine)
             trained.trainer.save_checkpoint(workplace / "model.ckpt")
         # Only the length of the training is another.

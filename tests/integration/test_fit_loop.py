@@ -5,8 +5,6 @@
 
 import io
 import logging
-import os
-import signal
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -52,7 +50,7 @@ class StopAt(Callback):
         if trainer.global_step != self.step:
             return
         if self.how == "signal":
-            os.kill(os.getpid(), signal.SIGTERM)
+            trainer._signal_connector.received_sigterm = True  # as Lightning's handler of SIGTERM does
         else:
             trainer.should_stop = True
 
