@@ -158,7 +158,8 @@ def check_changes(names: Sequence[str], ours: Mapping[str, Any], saved: Mapping[
     for name in names:
         asked = f"The checkpoint was trained with {name}={saved[name]}, and {name}={ours[name]} was asked for"
         drops_network = name == "lambda_syn" and bool(ours[name]) != bool(saved[name])
-        if name in _FIXED or drops_network:
+        is_fixed = name in _FIXED and not (name == "image_size" and purpose == "load")
+        if is_fixed or drops_network:
             msg = f"{asked}, which its weights do not fit: leave {name} out, or train a new model with it."
         elif name in _OF_SCORING or purpose == "load":
             continue
@@ -180,7 +181,7 @@ def check_changes(names: Sequence[str], ours: Mapping[str, Any], saved: Mapping[
 
 def changes_bank(names: Sequence[str]) -> list[str]:
     """Return which of some hyper-parameters the memory bank has to be built anew for."""
-    return [name for name in names if name in _OF_THE_BANK]
+    return [name for name in names if name in _OF_THE_BANK or name == "image_size"]
 
 
 def _validate_optional(hparams: Mapping[str, Any]) -> None:

@@ -1140,6 +1140,8 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         # anomalib drops and configures components by the checkpoint, those that were given too.
         kept: dict[str, Any] = {f"anomalib_{name}_config": None for name in given}
         kept["anomalib_components_enabled"] = enabled | dict.fromkeys(given, True)
+        if "image_size" in self._asked_of_bank:
+            kept["anomalib_pre_processor_config"] = None  # ours resizes to what was asked for
         super().on_load_checkpoint(checkpoint | kept)
         resize_as_in_training(self.pre_processor)  # its transform is the checkpoint's now
         # Thresholds go with the checkpoint; the constants of metrics, such as AUPRO's limit, with who measures.

@@ -290,6 +290,15 @@ def test_components_that_are_given_at_loading_are_used(trained: Path) -> None:
     assert Pedenet.load_from_checkpoint(trained, post_processor=False).post_processor is None
 
 
+def test_another_image_size_is_used_once_the_bank_is_built_anew(trained: Path, root: Path, tmp_path: Path) -> None:
+    model = Pedenet.load_from_checkpoint(trained, image_size=(128, 144))
+    assert tuple(model.hparams.image_size) == tuple(model.input_size) == (128, 144)
+    with pytest.raises(RuntimeError, match="no memory bank yet"):
+        model(images_of(root))
+    engine_in(tmp_path).validate(model, datamodule=folder(root, val_split_mode="same_as_test"), verbose=False)
+    assert model(images_of(root)).anomaly_map.shape[-2:] == (128, 144)
+
+
 def test_a_checkpoint_of_unbounded_scores_is_brought_up_to_date(trained: Path, root: Path, tmp_path: Path) -> None:
     """Earlier versions had no limit: their thresholds are distances."""
     checkpoint = torch.load(trained, weights_only=True)
