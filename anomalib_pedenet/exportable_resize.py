@@ -8,9 +8,12 @@ threshold was found. ONNX has a resize with antialiasing, but OpenVINO reads it 
 the graph weighs pixels itself, by matrix products, which mean the same everywhere and are as fast.
 """
 
+from typing import TypeAlias
+
 import torch
 from anomalib.pre_processing import PreProcessor
 from anomalib.pre_processing.utils.transform import get_exportable_transform
+from PIL.Image import Resampling
 from torch import nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
 
@@ -19,7 +22,10 @@ from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transf
 _BLOCK = 16
 
 # How far a filter reaches, in pixels of the coarser of the two images.
-_REACH = {InterpolationMode.BILINEAR: 1, InterpolationMode.BICUBIC: 2}
+_REACH = {"bilinear": 1, "bicubic": 2}
+
+Interpolation: TypeAlias = InterpolationMode | str | int
+"""How torchvision names a filter; a number is Pillow's."""
 
 
 class ExportableResize(Resize):
@@ -47,7 +53,14 @@ class ExportableResize(Resize):
         return resize_rows(rows.mT, width, self.interpolation).mT
 
 
-def resize_rows(images: torch.Tensor, size: int, interpolation: InterpolationMode) -> torch.Tensor:
+def filter_name(interpolation: Interpolation) -> str:
+    """Return the name of a filter, whichever of torchvision's ways it is given in: ``"bilinear"``, for instance."""
+    if isinstance(interpolation, InterpolationMode):
+        return str(interpolation.value)
+    return interpolation if isinstance(interpolation, str) else Resampling(interpolation).name.lower()
+
+
+def resize_rows(images: torch.Tensor, size: int, interpolation: Interpolation) -> torch.Tensor:
     """Resize the last dimension but one with antialiasing, in operations that every format of exports has.
 
     A row of the output is a weighted mean of the rows of the input around its place. The filter is as wide as a pixel
@@ -56,7 +69,7 @@ def resize_rows(images: torch.Tensor, size: int, interpolation: InterpolationMod
     Args:
         images (torch.Tensor): Images ``[..., H, W]`` in floating point. H may be dynamic in an exported graph.
         size (int): Number h of rows of the output.
-        interpolation (InterpolationMode): ``BILINEAR`` or ``BICUBIC``.
+        interpolation (Interpolation): Bilinear or bicubic.
 
     Returns:
         torch.Tensor: ``[..., h, W]``.
@@ -64,7 +77,8 @@ def resize_rows(images: torch.Tensor, size: int, interpolation: InterpolationMod
     height = images.shape[-2]
     if isinstance(height, int) and height == size:  # to compare a dynamic one would fix it
         return images
-    device, reach = images.device, _REACH[interpolation]
+    name = filter_name(interpolation)
+    device, reach = images.device, _REACH[name]
     # Places and distances are in units of 1/(2h) of the input's rows, so that they are integers: OpenVINO may compute
     # with 8 bits of precision, and could not tell the rows of a large image from each other.
     pixel = 2 * torch.sym_max(height, size)
@@ -75,15 +89,15 @@ def resize_rows(images: torch.Tensor, size: int, interpolation: InterpolationMod
     first = (centers[:, :1] - reach * pixel - size).clamp(min=0) // (2 * size)
     seen = first + torch.arange(num_seen, device=device)  # [blocks, seen]
     distances = (((2 * seen + 1) * size)[:, None] - centers[..., None]).abs()  # [blocks, rows of a block, seen]
-    weights = _weigh(distances, pixel, interpolation) * (seen < height)[:, None]
+    weights = _weigh(distances, pixel, name) * (seen < height)[:, None]
     weights = (weights / weights.sum(dim=-1, keepdim=True)).to(images.dtype)
     blocks = images.index_select(-2, seen.clamp(max=height - 1).flatten()).unflatten(-2, (num_blocks, num_seen))
     return (weights @ blocks).flatten(-3, -2)[..., :size, :]
 
 
-def _weigh(distances: torch.Tensor, pixel: int, interpolation: InterpolationMode) -> torch.Tensor:
+def _weigh(distances: torch.Tensor, pixel: int, name: str) -> torch.Tensor:
     """Return torch's weights of pixels, not normalised, by their distances from the centre: integers, as a pixel is."""
-    if interpolation == InterpolationMode.BILINEAR:
+    if name == "bilinear":
         return (pixel - distances).clamp(min=0)
     x = distances / pixel
     near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2  # Keys' cubic, a = -0.5
@@ -107,6 +121,6 @@ def _exportable(transform: Transform | None) -> Transform | None:
     if isinstance(transform, Compose):
         return Compose([_exportable(step) for step in transform.transforms])
     # Not subclasses, which may resize in another way.
-    if type(transform) is Resize and transform.antialias and transform.interpolation in _REACH:
+    if type(transform) is Resize and transform.antialias and filter_name(transform.interpolation) in _REACH:
         return ExportableResize(transform.size, transform.interpolation, transform.max_size, transform.antialias)
     return get_exportable_transform(transform)

@@ -3,6 +3,8 @@
 
 """Exported graphs resize as torchvision does in training, whose arithmetic in float64 is the reference."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
 from anomalib.data.transforms import ExportableCenterCrop
@@ -16,6 +18,11 @@ from anomalib_pedenet import Pedenet
 from anomalib_pedenet.exportable_resize import ExportableResize, resize_as_in_training, resize_rows
 
 INTERPOLATIONS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
+
+TORCHVISION = tuple(int(part) for part in version("torchvision").split(".")[:2])
+
+# Pillow's numbers, which torchvision takes as well; its own default is a name from 0.29 on.
+SPELLINGS = (InterpolationMode.BICUBIC, "bicubic", 3)
 
 # To one column torch resizes wrongly (2.12: otherwise in the other memory format).
 SIDES = st.integers(2, 40) | st.integers(2, 700)
@@ -60,6 +67,18 @@ def test_one_graph_resizes_images_of_all_sizes(interpolation: InterpolationMode)
         expected = Resize((64, 96), interpolation)(images)
         torch.testing.assert_close(module(images), expected, rtol=0, atol=0)
         torch.testing.assert_close(program.module()(images), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("interpolation", SPELLINGS)
+def test_a_filter_has_several_names(interpolation: InterpolationMode | str | int) -> None:
+    if isinstance(interpolation, str) and TORCHVISION < (0, 29):
+        pytest.skip("this torchvision takes no names")
+    images = torch.rand(1, 3, 120, 90)
+    pre_processor = PreProcessor(Resize((64, 48), interpolation))
+    resize_as_in_training(pre_processor)
+    program = torch.export.export(_Module(pre_processor.export_transform), (images,))
+    expected = Resize((64, 48), InterpolationMode.BICUBIC)(images)
+    torch.testing.assert_close(program.module()(images), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(120, 90), (90, 120), (64, 64)])
