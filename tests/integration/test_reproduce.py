@@ -17,6 +17,7 @@ from types import ModuleType
 import anomalib
 import pandas as pd
 import pytest
+import torch
 import yaml
 from anomalib.models import Pedenet, get_model
 
@@ -102,6 +103,7 @@ def test_tables_and_figures_of_all_methods(dataset_root: Path, tmp_path: Path, r
     assert (measured["train_seconds"] > 0).all()
     assert measured["image_AUROC"].between(0, 1).all()
     assert measured.drop(index="GANomaly, 1 epoch")[METRICS].stack().between(0, 1).all()
+    assert measured.loc["PaDiM, random weights", "pixel_AUROC"] > 0.6  # 0.5 if scores lost their order
     assert measured.loc["GANomaly, 1 epoch", ["pixel_AUROC", "pixel_AUPRO", "pixel_F1Max"]].isna().all()
 
     curve = json.loads((out / "runs" / "stripes-Pedenet-0.json").read_text(encoding="utf-8"))["curve"]
@@ -192,10 +194,12 @@ def test_a_run_without_what_is_asked_for_is_repeated(dataset_root: Path, tmp_pat
 def test_a_changed_default_is_another_setting(reproduce: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     before = reproduce.arguments_of({"class_path": "Pedenet", "init_args": {"stride": 4}})
     assert before["stride"] == "4"
-    assert before["bank_size"] == repr(Pedenet().hparams.bank_size)
+    hparams = Pedenet().hparams
+    assert before["bank_size"] == repr(hparams.bank_size)
+    assert reproduce.arguments_of({"class_path": "Pedenet"})["stride"] == repr(hparams.stride)  # not None
 
-    def changed(self: Pedenet, bank_size: int = 7, stride: int = 8) -> None:
-        del self, bank_size, stride
+    def changed(self: Pedenet, bank_size: int = 7) -> None:
+        del self, bank_size
 
     monkeypatch.setattr(Pedenet, "__init__", changed)
     assert reproduce.arguments_of({"class_path": "Pedenet"})["bank_size"] == "7"
@@ -225,6 +229,18 @@ def test_a_killed_reproduction_goes_on_and_repeats_nothing(dataset_root: Path, t
     changed = command(dataset_root, tmp_path, {"Pedenet": smaller}, "--seeds", "0")
     said = subprocess.run(changed, check=True, capture_output=True, text=True, env=environment()).stdout
     assert "finished before" not in said
+
+
+def test_distances_of_other_models_keep_their_order(reproduce: ModuleType) -> None:
+    distances = torch.tensor([0.0, 0.01, 0.5, 0.99, 1.01, 7.0, 40.0, 41.0, 1000.0])
+    for threshold in (0.1, 1.0, 30.0):
+        normalized = reproduce.DistancePostProcessor._normalize(
+            distances, distances.min(), distances.max(), torch.tensor(threshold)
+        )
+        assert (normalized.diff() > 0).all()
+        assert ((normalized > 0.5) == (distances > threshold)).all()
+        assert normalized.min() == 0
+        assert normalized.max() < 1
 
 
 def test_an_unknown_method_is_named(dataset_root: Path, tmp_path: Path) -> None:
