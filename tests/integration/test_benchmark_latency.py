@@ -25,6 +25,7 @@ def run(*arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
+@pytest.mark.slow
 def test_pedenet_and_a_peer_take_the_same_routes(tmp_path: Path) -> None:
     output = tmp_path / "runs" / "latency"
     arguments = ["--image_size", "112", "128", "--strides", "16", "--batches", "2", "--models", "Pedenet", "PaDiM"]
@@ -50,6 +51,7 @@ def test_pedenet_and_a_peer_take_the_same_routes(tmp_path: Path) -> None:
     assert Path(f"{output}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_auroc_of_a_checkpoint_is_measured(dataset_root: Path, tmp_path: Path) -> None:
     config = {"class_path": "anomalib.data.MVTecAD"}
     config["init_args"] = {"root": str(dataset_root), "category": "stripes", "num_workers": 0}

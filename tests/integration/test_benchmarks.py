@@ -84,6 +84,7 @@ def test_every_way_of_scoring_is_measured_on_one_training(data: list[str], tmp_p
     assert rows.loc["stride 2", "pixel_AUROC"] != rows.loc["stride 32", "pixel_AUROC"]
 
 
+@pytest.mark.slow
 def test_every_scorer_is_measured_on_one_training(data: list[str], tmp_path: Path) -> None:
     output = tmp_path / "scorers"
     run("scoring.py", *data, "--base", BASE, "--holdout", "0.34", "--ways", "scorers", "--output", str(output))
@@ -95,6 +96,7 @@ def test_every_scorer_is_measured_on_one_training(data: list[str], tmp_path: Pat
     assert (rows[["fit_seconds", "score_ms"]] >= 0).all().all()
 
 
+@pytest.mark.slow
 def test_builders_of_small_banks_are_compared(tmp_path: Path) -> None:
     output = tmp_path / "coresets"
     run("coresets.py", "--embeddings", "4000", "--size", "50", "--limit", "0.001", "--output", str(output))
@@ -104,6 +106,7 @@ def test_builders_of_small_banks_are_compared(tmp_path: Path) -> None:
     assert (rows["mean_distance"] > 0).all()
 
 
+@pytest.mark.slow
 def test_a_step_is_profiled(data: list[str]) -> None:
     table = run("step.py", *data, "--set", "{image_size: [144, 160], crops_per_step: 1}", "--steps", "3")
     figures = dict(line.rsplit(maxsplit=1) for line in table.splitlines() if line.startswith(("GFLOP", "steps per")))
