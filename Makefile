@@ -25,7 +25,7 @@ STAMP := $(VENV)/.installed
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv test test-all test-latest test-oldest lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency bench-gpu bench-accuracy reproduce results clean
+.PHONY: help setup venv test test-all test-latest test-oldest lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency bench-gpu bench-accuracy bench-scales reproduce results clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -114,6 +114,9 @@ bench-accuracy: $(STAMP) ## Compare methods on many data sets, JOBS=2 at a time,
 	$(BIN)/python benchmarks/accuracy.py --sets $(SETS) --seeds "$(SEEDS)" --jobs $(JOBS) \
 	    --output $(ACCURACY) \
 	    $(if $(NAMES),--names "$(NAMES)") $(if $(METHODS),--methods "$(METHODS)")
+
+bench-scales: $(STAMP) ## Score the checkpoints of bench-accuracy at every scale and weigh the scales in several ways, in runs/scales (SETS=... ACCURACY=...)
+	$(BIN)/python benchmarks/scales.py --sets $(SETS) --runs $(ACCURACY)/runs --output runs/scales $(if $(NAMES),--names "$(NAMES)")
 
 results: $(STAMP) ## Render docs/results.md and the README's table from the rows in benchmarks/measured (`make reproduce RESULTS=benchmarks/measured` adds some)
 	$(BIN)/python benchmarks/report.py benchmarks/measured --docs docs --readme README.md
