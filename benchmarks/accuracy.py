@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import pandas as pd
 import torch
 import yaml
 from report import METRICS, markdown, run_name
-from reproduce import METHODS, ReproduceJob, arguments_of
+from reproduce import METHODS, ReproduceJob, arguments_of, method_names, names, numbers, read_methods
 
 COMPARED = ("Pedenet", "PaDiM, ImageNet", "PatchCore, ImageNet, 1 % coreset")
 """What is compared where nothing is said: of the file of methods that is here."""
@@ -59,24 +60,18 @@ def read_sets(path: Path, names: list[str] | None) -> dict[str, dict[str, Any]]:
     return {name: sets[name] for name in names or sets}
 
 
-def plan(options: argparse.Namespace) -> list[ReproduceJob]:
-    """Return the runs that are not finished, those that load another's weights last.
+def plan(options: argparse.Namespace, sets: dict[str, dict[str, Any]]) -> list[ReproduceJob]:
+    """Return the runs that are not finished.
 
     Raises:
         SystemExit: If a method is unknown.
     """
-    methods = yaml.safe_load(options.methods_file.read_text(encoding="utf-8"))
-    chosen = options.methods or (COMPARED if options.methods_file == METHODS else tuple(methods))
-    unknown = set(chosen) - set(methods)
-    if unknown:
-        msg = f"Unknown methods {', '.join(sorted(unknown))}: {options.methods_file} has {', '.join(methods)}."
-        raise SystemExit(msg)
+    chosen = options.methods or (COMPARED if options.methods_file == METHODS else None)
+    methods = read_methods(options.methods_file, chosen)
     jobs = []
-    for seed in options.seeds:
-        for name, entry in read_sets(options.sets, options.names).items():
-            for method in chosen:
-                jobs += _job(options, {"category": name, "method": method, "seed": seed}, entry, methods[method])
-    return sorted(jobs, key=lambda job: "weights_of" in job.options["method"])
+    for seed, (name, entry), method in product(options.seeds, sets.items(), chosen or methods):
+        jobs += _job(options, {"category": name, "method": method, "seed": seed}, entry, methods[method])
+    return jobs
 
 
 def _job(
@@ -166,16 +161,12 @@ def tables(rows: pd.DataFrame, kinds: dict[str, str]) -> str:
 def main() -> None:
     """Run what is not finished, and print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-
-    def names(text: str) -> list[str]:
-        return text.replace(",", " ").split()
-
     parser.add_argument("--sets", type=Path, required=True, help="YAML file of data sets")
     parser.add_argument("--names", type=names, help="of the sets to take; by default all")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in names(text)], default=[0])
+    parser.add_argument("--seeds", type=numbers, default=[0])
     parser.add_argument(
         "--methods",
-        type=lambda text: [name.strip() for name in text.split(";") if name.strip()],
+        type=method_names,
         help="names in the file of methods, separated by semicolons; by default Pedenet and peers of ImageNet weights",
     )
     parser.add_argument("--methods_file", type=Path, default=METHODS, help="see benchmarks/methods.yaml")
@@ -185,7 +176,7 @@ def main() -> None:
     options = parser.parse_args()
 
     (options.output / "runs").mkdir(parents=True, exist_ok=True)
-    failed = run_all(plan(options), options.jobs)
+    failed = run_all(plan(options, read_sets(options.sets, options.names)), options.jobs)
     order = list(yaml.safe_load(options.methods_file.read_text(encoding="utf-8")))
     rows = pd.DataFrame(json.loads(path.read_text()) for path in sorted((options.output / "runs").glob("*.json")))
     if rows.empty:

@@ -63,6 +63,35 @@ _KEPT_MAPS = 6
 _EMBEDDING_STRIDE = 8
 
 
+def names(text: str) -> list[str]:
+    """Split an option of names by commas or spaces."""
+    return text.replace(",", " ").split()
+
+
+def numbers(text: str) -> list[int]:
+    """Split an option of whole numbers likewise."""
+    return [int(number) for number in names(text)]
+
+
+def method_names(text: str) -> list[str]:
+    """Split an option of methods, whose names may have commas, by semicolons."""
+    return [name.strip() for name in text.split(";") if name.strip()]
+
+
+def read_methods(path: Path, chosen: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """Read a file of methods.
+
+    Raises:
+        SystemExit: If a chosen one is not in it.
+    """
+    methods: dict[str, dict[str, Any]] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    unknown = set(chosen or ()) - set(methods)
+    if unknown:
+        msg = f"Unknown methods {', '.join(sorted(unknown))}: {path} has {', '.join(methods)}."
+        raise SystemExit(msg)
+    return methods
+
+
 def hardware() -> str:
     """Return the processor, and the GPU if there is one."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -404,11 +433,7 @@ class ReproduceJobGenerator(JobGenerator):
             ReproduceJob: A run.
         """
         del previous_stage_result
-        methods = yaml.safe_load(args["methods_file"].read_text(encoding="utf-8"))
-        unknown = set(args["methods"] or ()) - set(methods)
-        if unknown:
-            msg = f"Unknown methods {', '.join(sorted(unknown))}: {args['methods_file']} has {', '.join(methods)}."
-            raise SystemExit(msg)
+        methods = read_methods(args["methods_file"], args["methods"])
         (args["output"] / "runs").mkdir(parents=True, exist_ok=True)
         runs = product(args["seeds"], args["categories"] or [None], args["methods"] or methods)
         for seed, category, method in runs:
@@ -448,23 +473,17 @@ class ReproduceJobGenerator(JobGenerator):
 def main() -> None:
     """Run what is not finished, and render the report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-
-    def names(text: str) -> list[str]:
-        return text.replace(",", " ").split()
-
     parser.add_argument("--data", type=Path, default=Path("configs/data/mvtec_ad.yaml"), help="data module")
     parser.add_argument("--root", type=Path, help="root of the data set, instead of the configuration's")
     parser.add_argument("--categories", type=names, help="by default the configuration's")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in names(text)], default=[0])
+    parser.add_argument("--seeds", type=numbers, default=[0])
     parser.add_argument(
         "--methods",
-        type=lambda text: [name.strip() for name in text.split(";") if name.strip()],
+        type=method_names,
         help="names in the file of methods, separated by semicolons; by default all",
     )
     parser.add_argument("--methods_file", type=Path, default=METHODS, help="see benchmarks/methods.yaml")
-    parser.add_argument(
-        "--image_size", type=lambda text: [int(side) for side in names(text)], default=[256, 256], help="height,width"
-    )
+    parser.add_argument("--image_size", type=numbers, default=[256, 256], help="height,width")
     parser.add_argument("--curve", action="store_true", help="validate after each epoch, for AUROC by time")
     parser.add_argument(
         "--checkpoints", action="store_true", help="keep the checkpoint of each training beside its row"

@@ -28,6 +28,7 @@ from accuracy import read_sets
 from anomalib.data import get_datamodule
 from anomalib.models import Pedenet
 from report import run_name
+from reproduce import names, numbers
 from scoring import Embedded, Way, embed_all, make_embedder
 from sklearn.metrics import precision_recall_curve, roc_auc_score
 from train import append
@@ -82,13 +83,13 @@ def nearest(
     images_of_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the distance ``[N]`` of queries ``[N, Z]`` to the nearest of rows ``[M, Z]`` of another image."""
-    nearest = []
+    smallest = []
     for start in range(0, len(queries), 2_048):
         distances = torch.cdist(queries[start : start + 2_048], rows)
         if images is not None:
             distances.masked_fill_(images[start : start + 2_048, None] == images_of_rows, torch.inf)
-        nearest.append(distances.amin(dim=1))
-    return torch.cat(nearest)
+        smallest.append(distances.amin(dim=1))
+    return torch.cat(smallest)
 
 
 def score_scale(normal: Embedded, test: Embedded, size: int) -> dict[str, Scores]:
@@ -201,12 +202,8 @@ def main() -> None:
     """Score what was not scored yet, and print the means over the sets."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--sets", type=Path, required=True, help="YAML file of data sets, see benchmarks/accuracy.py")
-
-    def names(text: str) -> list[str]:
-        return text.replace(",", " ").split()
-
     parser.add_argument("--names", type=names, help="of the sets to take; by default all that have a checkpoint")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in names(text)], default=[0])
+    parser.add_argument("--seeds", type=numbers, default=[0])
     parser.add_argument("--method", default="Pedenet", help="whose checkpoints to score (default: Pedenet)")
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy/runs"), help="folder of the checkpoints")
     parser.add_argument("--output", type=Path, default=Path("runs/scales"))
