@@ -16,7 +16,7 @@ import torch
 
 from anomalib_pedenet.patches import grid_size
 
-Combination = Literal["product", "mean"]
+Combination = Literal["auto", "product", "mean"]
 
 
 def averaging_matrix(
@@ -88,7 +88,9 @@ def scores_to_map(scores: torch.Tensor, image_size: tuple[int, int], patch_size:
 
 
 def combine_maps(
-    maps: Sequence[torch.Tensor], weights: Sequence[float] | None = None, combination: Combination = "product"
+    maps: Sequence[torch.Tensor],
+    weights: Sequence[float] | None = None,
+    combination: Literal["product", "mean"] = "product",
 ) -> torch.Tensor:
     """Join the anomaly maps of several scales.
 
@@ -114,3 +116,28 @@ def combine_maps(
         return torch.stack([share * scores for scores, share in zip(maps, shares, strict=True)]).sum(dim=0)
     msg = f"combination must be 'product' or 'mean', got {combination!r}."
     raise ValueError(msg)
+
+
+def soft_maximum(
+    maps: Sequence[torch.Tensor], offsets: torch.Tensor, spreads: torch.Tensor, weights: Sequence[float]
+) -> torch.Tensor:
+    """Join the anomaly maps of several scales such that what one of them alone finds stands out.
+
+    Each map is measured by what normal images score: less its mean, in units of how far their highest scores differ. A
+    scale on which good images have hot places here and there thus counts less. The result is the logarithm of the sum
+    of exponentials, a smooth maximum.
+
+    Args:
+        maps (Sequence[torch.Tensor]): Maps of equal shape, at least 0.
+        offsets (torch.Tensor): For each scale, the mean score of normal images' pixels, ``[S]``.
+        spreads (torch.Tensor): For each scale, the standard deviation of normal images' highest scores, ``[S]``.
+        weights (Sequence[float]): How much each scale counts, above 0.
+
+    Returns:
+        torch.Tensor: One map of the same shape, at least 0.
+    """
+    units = spreads / torch.tensor(weights).to(spreads)
+    lifted = offsets / units
+    measured = [scores / unit - offset for scores, unit, offset in zip(maps, units, lifted, strict=True)]
+    # Where all scores are 0 it is at least -min(lifted).
+    return torch.logsumexp(torch.stack(measured), dim=0) + lifted.max()

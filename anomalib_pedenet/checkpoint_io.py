@@ -25,6 +25,12 @@ _FOLDER = 0x10
 LIMIT = "model.normal_limit"
 """Name of the highest score of normal images in a checkpoint."""
 
+LEARNED = "model.learned"
+"""Name of what each trained scale has learned."""
+
+CHOSEN = "model._extra_state"
+"""Name of what was chosen from normal images."""
+
 NETWORK = "model.embedding_network."
 """First part of the names of the weights that every checkpoint of this model has."""
 
@@ -99,12 +105,22 @@ def _find_damage(path: str | Path) -> str:
 
 
 def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
-    """Bring the thresholds of a checkpoint of an earlier version, whose scores had no limit, into 0..1.
+    """Bring a checkpoint of an earlier version up to date.
+
+    The first had scores without a limit, so that thresholds are brought into 0..1. Later ones did not keep what was
+    learned at each scale, and always had the product of the scales' maps.
 
     Args:
         checkpoint (dict[str, Any]): Loaded checkpoint, which is changed.
     """
     state = checkpoint["state_dict"]
+    if LEARNED not in state and CHOSEN in state:
+        scales = len(state[CHOSEN])
+        trained = len({name.split(".")[2] for name in state if name.startswith("model.location_networks.")})
+        state[CHOSEN] = torch.cat([state[CHOSEN], state[CHOSEN].new_zeros(1)])
+        state[LEARNED] = torch.full((trained,), torch.nan)
+        state |= {"model.map_offsets": torch.zeros(scales), "model.map_spreads": torch.ones(scales)}
+        state["model.typical_score"] = torch.ones(())
     if LIMIT in state:
         return
     state[LIMIT] = torch.ones(())

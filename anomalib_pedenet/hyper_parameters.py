@@ -13,19 +13,19 @@ from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.patches import BASE_STRIDE, MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE, minimum_training_size
 from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.scorers.nearest_neighbor import check_bank_size
-from anomalib_pedenet.torch_model import default_scored_sizes
+from anomalib_pedenet.torch_model import AUTO_SCORER, default_scored_sizes
 
 DEFAULT_STRIDE = 8
-DEFAULT_COMBINATION: Combination = "product"
-DEFAULT_SCORER = "exact"
+DEFAULT_COMBINATION: Combination = "auto"
+DEFAULT_SCORER = AUTO_SCORER
 
 Purpose = Literal["load", "resume", "evaluate", "export"]
 """What a checkpoint is read for: by ``load_from_checkpoint``, to go on training, to score images, to be exported."""
 
 # What each argument is of; all others are of the training. See `check_changes`.
-_FIXED = ("image_size", "patch_sizes", "scored_sizes", "embedding_dim", "num_components", "batch_norm")
+_FIXED = ("image_size", "patch_sizes", "embedding_dim", "num_components", "batch_norm")
 _OF_A_WHOLE_TRAINING = ("seed", "learning_rate", "lr_schedule")
-_OF_THE_BANK = ("scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight")
+_OF_THE_BANK = ("scored_sizes", "scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight")
 _OF_SCORING = ("stride", "combination")
 
 TrainingMode = Literal["dense", "patchwise"]
@@ -130,14 +130,16 @@ def changes(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     Returns:
         list[str]: Names, in the order of ``ours``.
     """
-    return [name for name in ours if name in saved and _comparable(ours, name) != _comparable(saved, name)]
+    # What is left out in both is no change, though its default may depend on what is: the scored sizes on the scorer.
+    given = [name for name in ours if name in saved and not (ours[name] is None and saved[name] is None)]
+    return [name for name in given if _comparable(ours, name) != _comparable(saved, name)]
 
 
 def _comparable(hparams: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401 - as diverse as hyper-parameters
     """Return a hyper-parameter such that equal meanings are equal: lists and tuples, and sizes in any order."""
     value = hparams[name]
     if name == "scored_sizes" and value is None and isinstance(hparams["patch_sizes"], Sequence):
-        value = default_scored_sizes(hparams["patch_sizes"])
+        value = default_scored_sizes(hparams["patch_sizes"], hparams["scorer"])
     if not isinstance(value, Sequence) or isinstance(value, str):
         return value
     return sorted(value) if name in {"patch_sizes", "scored_sizes"} else list(value)
@@ -232,7 +234,7 @@ def _validate_sizes(hparams: Mapping[str, Any]) -> None:
         msg = f"patch_sizes must be [{SUB_PATCH_SIZE}], [{PATCH_SIZE}] or both, got {sizes}."
         raise ValueError(msg)
     given = hparams["scored_sizes"]
-    scored = list(default_scored_sizes(sizes) if given is None else given)
+    scored = list(default_scored_sizes(sizes, hparams["scorer"]) if given is None else given)
     if not scored or len(set(scored)) < len(scored) or not set(scored) <= {*sizes, *MID_LEVEL_SIZES}:
         msg = (
             f"scored_sizes must be one or more of patch_sizes ({sizes}) and the mid-level sizes "

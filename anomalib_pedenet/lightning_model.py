@@ -102,10 +102,16 @@ _UNSAVED_TRANSFORM = "pedenet_unsaved_transform"
 _SHORTENED = "pedenet_shortened_to"
 
 # State that is fitted with the memory bank.
-_SCORER_STATE = "model.scorers."
-_POSITIONS = "model.position_encodings."
-_LIMIT = "model.normal_limit"
-_FITTED = (_SCORER_STATE, _POSITIONS, "model.projections.", "model._extra_state", _LIMIT)
+# Names, or their first parts, of what is fitted with the memory bank.
+_FITTED = (
+    "model.scorers.",
+    "model.position_encodings.",
+    "model.projections.",
+    "model._extra_state",
+    "model.map_",
+    "model.typical_score",
+    "model.normal_limit",
+)
 
 # Fraction of the training over which the one-cycle schedule's rate rises.
 _RISE = 0.3
@@ -133,8 +139,9 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
 
     A patch embedding network learns, from normal images alone, to tell where a patch's neighbour lies (location
     prediction) and to make its embeddings dense under a Gaussian mixture (density estimation). A patch is scored by the
-    distance of its embedding to the nearest one of the normal images, kept in a memory bank; a pixel by the mean over
-    the patches that cover it; an image by its highest pixel.
+    distance of its embedding to the nearest one of the normal images, kept in a memory bank, where parts are aligned,
+    and by its density under a mixture of Gaussians elsewhere; a pixel by the mean over the patches that cover it; an
+    image by its highest pixel.
 
     Args:
         image_size (tuple[int, int]): Height and width in pixels to which images are resized. Keep the aspect ratio of
@@ -143,19 +150,23 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             both. Defaults to ``(32, 64)``.
         scored_sizes (Sequence[int] | None): Sizes of the patches to score, whose maps are combined: those of
             ``patch_sizes``, and 12, 16, 20, 24 or 28, which the network embeds on its way to 32 and which see finer
-            defects. ``None`` for 16, 24 and 32, or for 64 where that alone is trained. Defaults to ``None``.
+            defects. ``None`` to choose among 16, 24, 32 and 64 from the normal images, or for 64 where that alone is
+            trained. Defaults to ``None``.
         stride (int | None): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2.
             Smaller is slower and finer. May be changed for a trained checkpoint. ``None`` for a loaded checkpoint's,
             else 8. Defaults to ``None``.
-        combination (str | None): How the maps of two scales become one: ``"product"`` (geometric mean) or ``"mean"``.
-            May be changed for a trained checkpoint. ``None`` for a loaded checkpoint's, else ``"product"``. Defaults to
-            ``None``.
-        scorer (str | dict | None): How embeddings are compared with normal ones. Nearest neighbour: ``"exact"``,
-            ``"local"`` (same place of the image only), or with faiss ``"faiss_flat"``, ``"faiss_ivf"``,
-            ``"faiss_hnsw"``, ``"faiss_pq"``. Other detectors: ``"density"`` (the DE network's mixture),
-            ``"mahalanobis"`` (a Gaussian for each place), ``"ocsvm"``, ``"svdd"``. With arguments: a ``class_path`` (a
-            name, or the path of a subclass of ``anomalib_pedenet.scorers.Scorer``) and ``init_args``. ``None`` for a
-            loaded checkpoint's, else ``"exact"``. Defaults to ``None``.
+        combination (str | None): How the maps of the scales become one: ``"product"`` (geometric mean), ``"mean"``, or
+            ``"auto"`` for a soft maximum with the scorer ``"gaussian_mixture"`` and else the product. May be changed
+            for a trained checkpoint. ``None`` for a loaded checkpoint's, else ``"auto"``. Defaults to ``None``.
+        scorer (str | dict | None): How embeddings are compared with normal ones. ``"auto"`` chooses from the normal
+            images: ``"exact"`` where all images show a part in the same place, so that each patch is compared with
+            normal ones of its place, and else ``"gaussian_mixture"``. Nearest neighbour: ``"exact"``, ``"local"`` (same
+            place of the image only), or with faiss ``"faiss_flat"``, ``"faiss_ivf"``, ``"faiss_hnsw"``,
+            ``"faiss_pq"``. Densities: ``"gaussian_mixture"`` (48 Gaussians), ``"density"`` (the DE
+            network's mixture), ``"mahalanobis"`` (a Gaussian for each place). One-class models: ``"ocsvm"``,
+            ``"svdd"``. With arguments: a ``class_path`` (a name, or the path of a subclass of
+            ``anomalib_pedenet.scorers.Scorer``) and ``init_args``. ``None`` for a loaded checkpoint's, else ``"auto"``.
+            Defaults to ``None``.
         bank_size (float): Largest number of rows of each scale's memory bank, chosen from the embeddings of all
             training images; below 1, as a fraction of them (0.1: a tenth). Memory, export size and search time grow
             with it. Defaults to ``5_000``.
@@ -489,7 +500,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         self._clock = (self.trainer.global_step, time.monotonic())
         if self.trainer.global_step == 0:  # a resumed training goes on with the checkpoint's
             self._forget_thresholds()
-            self.model.set_extra_state(torch.ones(len(self.model.scored_sizes)))
+            self.model.reset_choices()
             images = self._sample_of_normal_images(_STANDARDIZATION_IMAGES)
             self.model.fit_standardization(images)
             if are_plain(images):
@@ -816,10 +827,9 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             torch.no_grad(),
             self.trainer.precision_plugin.forward_context(),  # as the images will be scored
         ):
-            if self._last_metrics and self.hparams.lambda_lpn > 0:
-                self.model.weigh_scales(self._learned())
+            learned = self._learned() if self._last_metrics and self.hparams.lambda_lpn > 0 else None
             sample = self._sample_of_normal_images(_CALIBRATION_IMAGES)
-            weights = self.model.calibrate(sample, bank_stride)
+            weights = self.model.calibrate(sample, bank_stride, learned)
             images = self._normal_images(self._trained_on)
             progress = tqdm(images, "Building the memory bank", len(images), disable=not self.trainer.is_global_zero)
             self.model.fit(progress, stride=bank_stride)
@@ -827,7 +837,8 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             self.model.fit_normal_limit(sample if self._held_back is None else self._held_back.normal.to(self.device))
         scales = self.model.scale_shares
         logger.info(
-            "Scored patches: %s.",
+            "Scored by %s: patches of %s.",
+            self.model.scorer_in_use,
             ", ".join(f"{size} px, weight {scales[size]:.2f}, of the position {weights[size]:g}" for size in weights),
         )
         self._is_fitted = torch.tensor([True], device=self.device)
@@ -1101,9 +1112,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         self._asked_of_bank = changes_bank(asked)
         self._is_bank_stale = bool(self._asked_of_bank)
         if self._is_bank_stale:
-            self._replace_state(checkpoint, _SCORER_STATE)
-            if "position_weight" in asked:
-                self._replace_state(checkpoint, _POSITIONS)
+            self._replace_state(checkpoint, *_FITTED)
         used = [name for name in asked if name in {"stride", "combination", *self._asked_of_bank}]
         if used:
             logger.warning(
@@ -1151,10 +1160,10 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         state = checkpoint["state_dict"]
         state.update({name: found[name] for name in state if name.startswith("post_processor.") and name in found})
 
-    def _replace_state(self, checkpoint: dict[str, Any], prefix: str) -> None:
-        """Put this model's own state in place of a checkpoint's, where names begin with ``prefix``."""
-        ours = {name: value for name, value in self.state_dict().items() if name.startswith(prefix)}
-        kept = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(prefix)}
+    def _replace_state(self, checkpoint: dict[str, Any], *prefixes: str) -> None:
+        """Put this model's own state in place of a checkpoint's, where names begin with one of ``prefixes``."""
+        ours = {name: value for name, value in self.state_dict().items() if name.startswith(prefixes)}
+        kept = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(prefixes)}
         checkpoint["state_dict"] = kept | ours
 
     @classmethod

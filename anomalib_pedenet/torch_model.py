@@ -8,6 +8,7 @@ Data flows one way: images -> embeddings (:mod:`anomalib_pedenet.networks`) -> p
 very graph that is exported.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from anomalib.data import InferenceBatch
 from anomalib.data.utils.tiler import Tiler
 from torch import nn
 
-from anomalib_pedenet.anomaly_map import Combination, combine_maps, scores_to_map
+from anomalib_pedenet.anomaly_map import Combination, combine_maps, scores_to_map, soft_maximum
 from anomalib_pedenet.networks import (
     DefectPredictionNetwork,
     DensityEstimationNetwork,
@@ -35,23 +36,35 @@ MIN_SCALE_WEIGHT = 0.2
 SCORED_MID_LEVEL_SIZES = (16, 24)
 """Sides in pixels of the mid-level patches that are scored by default."""
 
+AUTO_SCORER = "auto"
+"""The scorer that :meth:`PedenetModel.calibrate` replaces by one of the next two."""
+
+SCORER_BY_PLACE, SCORER_ANYWHERE = "exact", "gaussian_mixture"
+"""Scorers where parts are aligned, so that patches are compared with normal ones of their place, and where not."""
+
+# Least spread of normal images' highest scores, as a fraction of that of all their pixels' scores.
+_LEAST_SPREAD = 0.05
+
 # A CPU embeds larger images in strips of about so many pixels, whose feature maps take some hundred MiB.
 _STRIP_PIXELS = 2**20
 
 
-def default_scored_sizes(patch_sizes: Sequence[int]) -> tuple[int, ...]:
+def default_scored_sizes(patch_sizes: Sequence[int], scorer: str | Mapping[str, Any] = AUTO_SCORER) -> tuple[int, ...]:
     """Return the scales to score where none are given.
 
     Args:
         patch_sizes (Sequence[int]): Scales that are trained.
+        scorer (str | Mapping[str, Any]): Scorer, see :class:`PedenetModel`. Defaults to ``"auto"``.
 
     Returns:
         tuple[int, ...]: Mid-level patches and the sub-patches, which between them find fine and coarse defects and of
-            which :meth:`PedenetModel.weigh_scales` leaves some out; the paper's patches alone where those alone are
-            trained.
+            which :meth:`PedenetModel.weigh_scales` leaves some out; the paper's patches too where it may turn out that
+            they count; and those alone where those alone are trained.
     """
     smallest = min(patch_sizes)
-    return (*SCORED_MID_LEVEL_SIZES, smallest) if smallest == SUB_PATCH_SIZE else (smallest,)
+    if smallest != SUB_PATCH_SIZE:
+        return (smallest,)
+    return (*SCORED_MID_LEVEL_SIZES, *(sorted(patch_sizes) if scorer in (AUTO_SCORER, SCORER_ANYWHERE) else [smallest]))
 
 
 class PedenetModel(nn.Module):
@@ -64,10 +77,13 @@ class PedenetModel(nn.Module):
             (:data:`anomalib_pedenet.patches.MID_LEVEL_SIZES`). Defaults to :func:`default_scored_sizes`.
         stride (int): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2.
             Defaults to ``8``.
-        combination (Combination): How the maps of two scales become one, see
-            :func:`anomalib_pedenet.anomaly_map.combine_maps`. Defaults to ``"product"``.
-        scorer (str | Mapping[str, Any]): Scorer of each scale, see :func:`anomalib_pedenet.scorers.make_scorer`.
-            Defaults to ``"exact"``.
+        combination (Combination): How the maps of the scales become one: see
+            :func:`anomalib_pedenet.anomaly_map.combine_maps`, or ``"auto"`` for
+            :func:`anomalib_pedenet.anomaly_map.soft_maximum` with ``gaussian_mixture``, else the product. Defaults to
+            ``"auto"``.
+        scorer (str | Mapping[str, Any]): Scorer of each scale, see :func:`anomalib_pedenet.scorers.make_scorer`; or
+            ``"auto"`` for :data:`SCORER_BY_PLACE` where :meth:`calibrate` finds that parts are aligned, and
+            :data:`SCORER_ANYWHERE` elsewhere. Defaults to ``"exact"``.
         bank_size (float): Largest number of rows of each scale's memory bank, for scorers that have one; below 1, as a
             fraction of all embeddings. Defaults to ``5_000``.
         coreset (Coreset): How they are chosen, see :mod:`anomalib_pedenet.scorers.coreset`. Defaults to ``"auto"``.
@@ -96,14 +112,18 @@ class PedenetModel(nn.Module):
     input_mean: torch.Tensor
     input_std: torch.Tensor
     normal_limit: torch.Tensor
+    learned: torch.Tensor
+    map_offsets: torch.Tensor
+    map_spreads: torch.Tensor
+    typical_score: torch.Tensor
 
     def __init__(
         self,
         patch_sizes: Sequence[int] = (SUB_PATCH_SIZE, PATCH_SIZE),
         scored_sizes: Sequence[int] | None = None,
         stride: int = 8,
-        combination: Combination = "product",
-        scorer: str | Mapping[str, Any] = "exact",
+        combination: Combination = "auto",
+        scorer: str | Mapping[str, Any] = SCORER_BY_PLACE,
         bank_size: float = 5_000,
         coreset: Coreset = "auto",
         embedding_dim: int = 64,
@@ -115,7 +135,8 @@ class PedenetModel(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_sizes = tuple(sorted(patch_sizes))
-        self.scored_sizes = tuple(sorted(scored_sizes or default_scored_sizes(patch_sizes)))
+        self.uses_default_sizes = scored_sizes is None
+        self.scored_sizes = tuple(sorted(scored_sizes or default_scored_sizes(patch_sizes, scorer)))
         self.stride = stride
         self.combination = combination
         self.bank_size = bank_size
@@ -129,6 +150,12 @@ class PedenetModel(nn.Module):
         self.register_buffer("input_mean", torch.zeros(3, 1, 1))
         self.register_buffer("input_std", torch.ones(()))
         self.register_buffer("normal_limit", torch.ones(()))
+        # What normal images score at each scale, and together, for the soft maximum.
+        self.register_buffer("map_offsets", torch.zeros(len(self.scored_sizes)))
+        self.register_buffer("map_spreads", torch.ones(len(self.scored_sizes)))
+        self.register_buffer("typical_score", torch.ones(()))
+        # What each trained scale has learned, from 0 to 1; NaN where that is not known.
+        self.register_buffer("learned", torch.full((len(self.patch_sizes),), math.nan))
         # How much each scored scale counts. Not a buffer, because it decides what is computed, in exported graphs too.
         self._scale_weights = [1.0] * len(self.scored_sizes)
         # A third faster on a CPU, and in bfloat16 twice as fast. From the start, not for training alone, because the
@@ -164,6 +191,11 @@ class PedenetModel(nn.Module):
             ImportError: If it needs a library that is not installed.
         """
         self.scorer = scorer
+        self._use_scorer(SCORER_ANYWHERE if scorer == AUTO_SCORER else scorer)
+
+    def _use_scorer(self, scorer: str | Mapping[str, Any]) -> None:
+        """Take a scorer, not fitted and not to be chosen any more, at every scale."""
+        self.scorer_in_use = scorer
         self.scorers = nn.ModuleDict({str(size): self._make_scorer(size) for size in self.scored_sizes})
 
     def _make_scorer(self, size: int) -> Scorer:
@@ -171,8 +203,8 @@ class PedenetModel(nn.Module):
         is_trained = size in self.patch_sizes
         dimension = self.embedding_dim if is_trained else len(self.projections[str(size)].components)
         return make_scorer(
-            self.scorer,
-            embedding_dim=dimension + 2 * scorer_class(self.scorer).encodes_position,
+            self.scorer_in_use,
+            embedding_dim=dimension + 2 * scorer_class(self.scorer_in_use).encodes_position,
             bank_size=self.bank_size,
             coreset=self.coreset,
             seed=self.seed,
@@ -191,38 +223,63 @@ class PedenetModel(nn.Module):
         return {size: weight for size, weight in weights if weight > 0}
 
     def get_extra_state(self) -> torch.Tensor:
-        """Return the scales' weights ``[S]``, as a tensor like all else in a checkpoint."""
-        return torch.tensor(self._scale_weights, dtype=torch.float64)
+        """Return the scales' weights, and 1 if an ``"auto"`` scorer compares by place, else 0, ``[S + 1]``.
+
+        It is a tensor like all else in a checkpoint.
+        """
+        by_place = float(self.scorer_in_use == SCORER_BY_PLACE)
+        return torch.tensor([*self._scale_weights, by_place], dtype=torch.float64)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Take the scales' weights from a checkpoint.
+        """Take the scales' weights and the scorer that was chosen from a checkpoint.
 
         Raises:
             ValueError: If they are those of another number of scales.
         """
-        if len(state) != len(self.scored_sizes):
-            msg = f"The state holds the weights of {len(state)} scored sizes, but the model has {self.scored_sizes}."
+        *weights, by_place = state.tolist()
+        if len(weights) != len(self.scored_sizes):
+            msg = f"The state holds the weights of {len(weights)} scored sizes, but the model has {self.scored_sizes}."
             raise ValueError(msg)
-        self._scale_weights = state.tolist()
+        self._scale_weights = weights
+        if self.scorer == AUTO_SCORER:
+            # Before their own state is loaded, as that of all parts of a module is after the module's.
+            self._use_scorer(SCORER_BY_PLACE if by_place else SCORER_ANYWHERE)
+
+    def reset_choices(self) -> None:
+        """Forget what was chosen from the images of an earlier training."""
+        self._scale_weights = [1.0] * len(self.scored_sizes)
+        self.learned.fill_(math.nan)
 
     def weigh_scales(self, learned: Mapping[int, float]) -> None:
         """Weigh the scored scales by how much was learned, if there are mid-level ones.
 
         Where location prediction stays at chance, as on surfaces that look alike everywhere, the embeddings it is asked
         of have lost what they had at the start and gained nothing; what comes before them in the encoder has lost less.
-        So a trained scale counts as far as it has learned. Mid-level ones count 1, but of several the finest counts the
-        less the more the smallest trained scale has learned, and not at all from one half on.
+        So a trained scale counts as far as it has learned; in the soft maximum, by the root of that. Mid-level ones
+        count 1, but of several in a product the finest counts the less the more the smallest trained scale has learned,
+        and not at all from one half on.
 
         Args:
-            learned (Mapping[int, float]): For each trained size, from 0, nothing (location prediction at chance), to 1.
-                Scales that count less than :data:`MIN_SCALE_WEIGHT` are left out, and take neither memory nor time.
+            learned (Mapping[int, float]): For each trained size, from 0, nothing (location prediction at chance), to 1;
+                empty if that is not known, to weigh them alike. Scales that count less than :data:`MIN_SCALE_WEIGHT`
+                are left out, and take neither memory nor time.
         """
-        if not self.projections:
-            return
-        weights = [learned.get(size, 1.0) for size in self.scored_sizes]
-        if len(self.projections) > 1:
-            weights[0] = max(0.0, 1 - 2 * learned[min(learned)])
-        self._scale_weights = [weight if weight >= MIN_SCALE_WEIGHT else 0.0 for weight in weights]
+        for index, size in enumerate(self.patch_sizes):
+            self.learned[index] = learned.get(size, math.nan)
+        scored = self.scored_sizes
+        if self.scorer == AUTO_SCORER and self.uses_default_sizes:
+            scored = default_scored_sizes(self.patch_sizes, self.scorer_in_use)
+        weights = dict.fromkeys(scored, 1.0)
+        if self.projections and learned:
+            weights = {size: learned.get(size, 1.0) ** (0.5 if self._is_soft_maximum else 1) for size in scored}
+            if len(self.projections) > 1 and not self._is_soft_maximum:
+                weights[scored[0]] = max(0.0, 1 - 2 * learned[min(learned)])
+        weights = {size: weight if weight >= MIN_SCALE_WEIGHT else 0.0 for size, weight in weights.items()}
+        self._scale_weights = [weights.get(size, 0.0) for size in self.scored_sizes]
+
+    @property
+    def _is_soft_maximum(self) -> bool:
+        return self.combination == "auto" and self.scorer_in_use == SCORER_ANYWHERE
 
     def check_is_fitted(self) -> None:
         """Check that there is something to score with, a memory bank for instance.
@@ -291,42 +348,83 @@ class PedenetModel(nn.Module):
             scorer.finalize()
 
     @torch.no_grad()
-    def calibrate(self, images: torch.Tensor, stride: int | None = None) -> dict[int, float]:
-        """Fit the projections of mid-level embeddings, and choose the weights of the position unless they are given.
+    def calibrate(
+        self, images: torch.Tensor, stride: int | None = None, learned: Mapping[int, float] | None = None
+    ) -> dict[int, float]:
+        """Choose what normal images decide: projections, weights of the position and of the scales, and the scorer.
 
-        Call it before :meth:`fit`, with normal images from all over the training set. Tiles have no position in the
-        image, so with a tiler the weights chosen are 0, as with scorers that make no use of them.
+        Weights of the position and the scorer are chosen unless they are given. Call it before :meth:`fit`, with normal
+        images from all over the training set. Tiles have no position in the image, so with a tiler the weights chosen
+        are 0, as with scorers that make no use of them.
 
         Args:
             images (torch.Tensor): Pre-processed normal images ``[B, 3, H, W]``, two or more.
             stride (int | None): Distance between the patches taken from them, in pixels. Defaults to the model's.
+            learned (Mapping[int, float] | None): See :meth:`weigh_scales`; ``None`` to leave the weights of the scales
+                as they are.
 
         Returns:
             dict[int, float]: The weight of the position in use at each scored size.
         """
         stride = stride or self.stride
-        for size, grid in self._embed(self._tile(images), stride).items():
+        chooses = self.scorer == AUTO_SCORER
+        if not chooses and learned is not None:
+            self.weigh_scales(learned)
+        grids = self._embed(self._tile(images), stride, self.scored_sizes if chooses else None)
+        encodes_position = scorer_class(SCORER_BY_PLACE if chooses else self.scorer_in_use).encodes_position
+        for size, grid in grids.items():
             if str(size) in self.projections:
                 self.projections[str(size)].fit(grid)
             if self.position_weight == "auto":
-                has_position = self.tiler is None and self.scorers[str(size)].encodes_position
+                has_position = self.tiler is None and encodes_position
                 shape = (images.shape[-2], images.shape[-1])
                 weight = choose_weight(self._project(grid, size), shape, stride) if has_position else 0.0
                 self.position_encodings[str(size)].weight.fill_(weight)
-        return {size: float(self.position_encodings[str(size)].weight) for size in self.scale_shares}
+        if chooses:
+            self._choose_scorer()
+            known = dict(zip(self.patch_sizes, self.learned.tolist(), strict=True))
+            self.weigh_scales(learned or {size: value for size, value in known.items() if not math.isnan(value)})
+        weights = {size: float(self.position_encodings[str(size)].weight) for size in self.scale_shares}
+        return weights if scorer_class(self.scorer_in_use).encodes_position else dict.fromkeys(weights, 0.0)
+
+    def _choose_scorer(self) -> None:
+        """Choose an ``"auto"`` scorer: by place where patches of the smallest trained size are compared by theirs."""
+        smallest = min(self.patch_sizes)
+        reference = smallest if smallest in self.scored_sizes else max(self.scored_sizes)
+        is_aligned = float(self.position_encodings[str(reference)].weight) > 0
+        chosen = SCORER_BY_PLACE if is_aligned else SCORER_ANYWHERE
+        if chosen != self.scorer_in_use:  # else what was fitted before stays in use until the next fit is done
+            self._use_scorer(chosen)
 
     @torch.no_grad()
     def fit_normal_limit(self, images: torch.Tensor) -> None:
-        """Take the highest score of normal images for the limit of what is normal, where scores are to be 0.5.
+        """Take what normal images score: at each scale, for the soft maximum, and the highest, for the limit.
 
-        Call it after :meth:`fit`.
+        Scores are to be 0.5 at the limit of what is normal. Call it after :meth:`fit`.
 
         Args:
             images (torch.Tensor): Pre-processed normal images ``[B, 3, H, W]``.
         """
+        if self._is_soft_maximum:
+            self._fit_soft_maximum(images)
         limit = torch.cat([self._score(image)[1] for image in images.split(1)]).max()
         # All patches of few images are in the bank, at a distance of 0 that says nothing of other images.
         self.normal_limit = limit.clamp(min=1)
+
+    def _fit_soft_maximum(self, images: torch.Tensor) -> None:
+        """Take what normal images score at each scale, and together."""
+        maps = [self._score_scales(self._tile(image))[0] for image in images.split(1)]
+        for position, scale in enumerate(zip(*maps, strict=True)):
+            index = self.scored_sizes.index(list(self.scale_shares)[position])
+            pixels = torch.cat([scores.flatten() for scores in scale])
+            highest = torch.stack([scores.max() for scores in scale])
+            self.map_offsets[index] = pixels.mean()
+            spread = highest.std() if len(highest) > 1 else pixels.std()
+            # Few images may be alike in their highest score, by chance or because they are the same.
+            self.map_spreads[index] = spread.clamp(min=_LEAST_SPREAD * pixels.std()).clamp(min=1e-6)
+        self.typical_score.fill_(1)
+        typical = torch.stack([self._combine(scales).mean() for scales in maps]).mean()
+        self.typical_score = typical.clamp(min=1e-6)
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Score images.
@@ -357,7 +455,16 @@ class PedenetModel(nn.Module):
 
     def _score(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the maps ``[B, 1, H, W]`` and scores ``[B]`` of images, in units of a normal patch's typical score."""
-        tiles = self._tile(images)
+        maps, weights = self._score_scales(self._tile(images))
+        anomaly_map = self._untile(self._combine(maps), images.shape[-2:])
+        pred_score = anomaly_map.amax(dim=(1, 2, 3))
+        given = [weight for weight in weights if weight is not None]
+        if given:
+            pred_score = pred_score * torch.stack(given).mean(dim=0)
+        return anomaly_map, pred_score
+
+    def _score_scales(self, tiles: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """Return the map ``[B, 1, h, w]`` of each scale that counts, and its scorer's factors for images, if any."""
         maps, weights = [], []
         for size, grid in self._embed(tiles, self.stride).items():
             scorer = self.scorers[str(size)]
@@ -365,13 +472,16 @@ class PedenetModel(nn.Module):
             scores = scorer(embeddings)  # [B, h, w]
             maps.append(scores_to_map(scores / scorer.typical_score, tiles.shape[-2:], size, self.stride))
             weights.append(scorer.image_weights(embeddings, scores) if self.tiler is None else None)
-        anomaly_map = combine_maps(maps, list(self.scale_shares.values()), self.combination)
-        anomaly_map = self._untile(anomaly_map, images.shape[-2:])
-        pred_score = anomaly_map.amax(dim=(1, 2, 3))
-        given = [weight for weight in weights if weight is not None]
-        if given:
-            pred_score = pred_score * torch.stack(given).mean(dim=0)
-        return anomaly_map, pred_score
+        return maps, weights
+
+    def _combine(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        """Return one map, in units of a normal patch's typical score, of those of the scales that count."""
+        shares = self.scale_shares
+        if self._is_soft_maximum:
+            used = [self.scored_sizes.index(size) for size in shares]
+            joined = soft_maximum(maps, self.map_offsets[used], self.map_spreads[used], list(shares.values()))
+            return joined / self.typical_score
+        return combine_maps(maps, list(shares.values()), "mean" if self.combination == "mean" else "product")
 
     @property
     def _goes_by_place(self) -> bool:
@@ -388,10 +498,10 @@ class PedenetModel(nn.Module):
             grid = self.position_encodings[str(size)](grid, images.shape[-2:], stride)
         return grid.permute(0, 2, 3, 1)
 
-    def _embed(self, images: torch.Tensor, stride: int) -> dict[int, torch.Tensor]:
+    def _embed(self, images: torch.Tensor, stride: int, sizes: Sequence[int] | None = None) -> dict[int, torch.Tensor]:
         """Return the embeddings ``[B, Z, h, w]`` of all patches of pre-processed images, for each size that counts."""
         images = self.standardize(images)
-        sizes = list(self.scale_shares)
+        sizes = sizes or list(self.scale_shares)
         if torch.jit.is_tracing() or torch.compiler.is_compiling() or images.device.type != "cpu":
             return self.embedding_network.embed_dense(images, stride, sizes)
         # One by one, the feature maps of images stay in a CPU's cache: twice as fast as a batch of 32, and less memory.

@@ -57,6 +57,8 @@ def read_sets(path: Path, names: list[str] | None) -> dict[str, dict[str, Any]]:
     for entry in sets.values():
         arguments = entry["data"]["init_args"]
         arguments["root"] = str((path.parent / arguments["root"]).resolve())
+        # anomalib's eight workers take half a gigabyte each, and several runs at once then all of the memory.
+        arguments.setdefault("num_workers", 0)
     return {name: sets[name] for name in names or sets}
 
 

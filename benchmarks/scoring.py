@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -35,7 +35,7 @@ from sklearn.metrics import roc_auc_score
 from torchvision.transforms.v2.functional import gaussian_blur
 from train import append, make_datamodule
 
-from anomalib_pedenet.anomaly_map import Combination, combine_maps, scores_to_map
+from anomalib_pedenet.anomaly_map import combine_maps, scores_to_map
 from anomalib_pedenet.criterion import draw_test_defects
 from anomalib_pedenet.patches import MID_LEVEL_SIZES
 from anomalib_pedenet.position import WEIGHTS, PositionEncoding, choose_weight, measure_alignment
@@ -51,7 +51,7 @@ class Way(NamedTuple):
 
     Attributes:
         sizes (tuple[int, ...] | None): Scales that are scored, all alike; ``None`` for the model's and their weights.
-        combination (Combination): How their maps are combined.
+        combination (Literal["product", "mean"]): How their maps are combined.
         normalized (bool): Whether each is divided by the typical score of normal patches first.
         stride (int): Distance between the patches of a scored image in pixels.
         bank_stride (int): Distance between the patches of the training images in pixels.
@@ -64,7 +64,7 @@ class Way(NamedTuple):
     """
 
     sizes: tuple[int, ...] | None = None
-    combination: Combination = "product"
+    combination: Literal["product", "mean"] = "product"
     normalized: bool = True
     stride: int = 8
     bank_stride: int = 8

@@ -16,6 +16,7 @@ from anomalib_pedenet.scorers.base import Scorer
 from anomalib_pedenet.scorers.coreset import Coreset
 from anomalib_pedenet.scorers.density import MahalanobisScorer, MixtureDensityScorer
 from anomalib_pedenet.scorers.faiss_index import FaissScorer
+from anomalib_pedenet.scorers.gaussian_mixture import GaussianMixtureScorer
 from anomalib_pedenet.scorers.local import LocalNearestNeighborScorer
 from anomalib_pedenet.scorers.nearest_neighbor import MemoryBankScorer, NearestNeighborScorer
 from anomalib_pedenet.scorers.one_class import OneClassSvmScorer, SvddScorer
@@ -24,6 +25,7 @@ __all__ = [
     "SCORERS",
     "Coreset",
     "FaissScorer",
+    "GaussianMixtureScorer",
     "LocalNearestNeighborScorer",
     "MahalanobisScorer",
     "MemoryBankScorer",
@@ -43,6 +45,7 @@ SCORERS: dict[str, tuple[type[Scorer], dict[str, Any]]] = {
     "faiss_ivf": (FaissScorer, {"index": "ivf"}),
     "faiss_hnsw": (FaissScorer, {"index": "hnsw"}),
     "faiss_pq": (FaissScorer, {"index": "pq"}),
+    "gaussian_mixture": (GaussianMixtureScorer, {}),
     "density": (MixtureDensityScorer, {}),
     "mahalanobis": (MahalanobisScorer, {}),
     "ocsvm": (OneClassSvmScorer, {}),

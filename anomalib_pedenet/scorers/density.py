@@ -15,9 +15,65 @@ from anomalib_pedenet.scorers.coreset import UniformSubset
 
 # The typical score is estimated on at most this many normal embeddings.
 _TYPICAL_ROWS = 1_024
+# Components whose distances are computed by one product.
+_COMPONENTS = 8
 
 
-class MixtureDensityScorer(Scorer):
+class GaussiansScorer(Scorer):
+    """Negative log density under a mixture of Gaussians, less the least value that it can have.
+
+    A subclass fits the mixture and hands it to :meth:`_set_mixture`.
+
+    Args:
+        embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
+        seed (int): Seed of whatever is random in the fit. Defaults to ``0``.
+    """
+
+    log_weights: torch.Tensor
+    whitening: torch.Tensor
+    shifts: torch.Tensor
+    log_norms: torch.Tensor
+
+    def __init__(self, embedding_dim: int = 64, seed: int = 0) -> None:
+        super().__init__(embedding_dim, seed)
+        self.register_buffer("log_weights", torch.zeros(0))  # log phi, [K]
+        self.register_buffer("whitening", torch.zeros(0, embedding_dim, embedding_dim))  # W: W Sigma W^T = 1, [K, Z, Z]
+        self.register_buffer("shifts", torch.zeros(0, embedding_dim))  # W mu, [K, Z]
+        self.register_buffer("log_norms", torch.zeros(0))  # -log|Sigma| / 2, [K]
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is a mixture."""
+        return len(self.log_weights) > 0
+
+    def _set_mixture(self, weights: torch.Tensor, means: torch.Tensor, whitening: torch.Tensor) -> None:
+        """Put a mixture to use: weights ``[K]``, means ``[K, Z]``, and :func:`whiten` of the covariances."""
+        self.log_weights = weights.log().to(self.typical_score)
+        self.whitening = whitening.to(self.typical_score)
+        self.shifts = torch.einsum("kyz,kz->ky", whitening, means).to(self.typical_score)
+        self.log_norms = whitening.diagonal(dim1=1, dim2=2).log().sum(dim=1).to(self.typical_score)
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return how far the negative log density lies above its least value.
+
+        Args:
+            embeddings (torch.Tensor): Embeddings ``[..., Z]``.
+
+        Returns:
+            torch.Tensor: Scores ``[...]`` in nats, float32.
+        """
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = embeddings.to(self.shifts.dtype)
+            # One product for some components together: W_k (z - mu_k) = W_k z - W_k mu_k. For all of them it would not
+            # stay in a CPU's cache.
+            groups = zip(self.whitening.split(_COMPONENTS), self.shifts.split(_COMPONENTS), strict=True)
+            squared = [_squared_distances(embeddings, whitening, shifts) for whitening, shifts in groups]
+            heights = self.log_weights + self.log_norms  # of the components' peaks, but for the powers of 2 pi
+            density = torch.logsumexp(heights - torch.cat(squared, dim=-1) / 2, dim=-1)
+            return (torch.logsumexp(heights, dim=0) - density).clamp(min=0)
+
+
+class MixtureDensityScorer(GaussiansScorer):
     """Negative log density under the density estimation network's mixture (Eqs. 2 to 6).
 
     The network gives each normal embedding its responsibilities; weights, means and covariances are those over the
@@ -35,11 +91,6 @@ class MixtureDensityScorer(Scorer):
     Raises:
         ValueError: If an argument is outside its range.
     """
-
-    log_weights: torch.Tensor
-    whitening: torch.Tensor
-    shifts: torch.Tensor
-    log_norms: torch.Tensor
 
     def __init__(
         self,
@@ -60,17 +111,8 @@ class MixtureDensityScorer(Scorer):
         self.jitter = jitter
         # In a tuple, because a network that is an attribute would become a second entry of the state.
         self._density_network = (density_network,)
-        self.register_buffer("log_weights", torch.zeros(0))  # log phi, [K]
-        self.register_buffer("whitening", torch.zeros(0, embedding_dim, embedding_dim))  # W: W Sigma W^T = 1, [K, Z, Z]
-        self.register_buffer("shifts", torch.zeros(0, embedding_dim))  # W mu, [K, Z]
-        self.register_buffer("log_norms", torch.zeros(0))  # -log|Sigma| / 2, [K]
         self._moments = _Moments()
         self._sample = UniformSubset(_TYPICAL_ROWS, seed)
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether there is a mixture."""
-        return len(self.log_weights) > 0
 
     def _reset(self) -> None:
         self._moments = _Moments()
@@ -86,31 +128,10 @@ class MixtureDensityScorer(Scorer):
         counts, means, covariances = self._moments.estimate()
         if self.covariance_type == "diag":
             covariances = torch.diag_embed(covariances.diagonal(dim1=1, dim2=2))
-        whitening = _whiten(covariances, self.jitter)
-        self.log_weights = (counts / counts.sum()).log().to(self.typical_score)
-        self.whitening = whitening.to(self.typical_score)
-        self.shifts = torch.einsum("kyz,kz->ky", whitening, means).to(self.typical_score)
-        self.log_norms = whitening.diagonal(dim1=1, dim2=2).log().sum(dim=1).to(self.typical_score)
+        self._set_mixture(counts / counts.sum(), means, whiten(covariances, self.jitter))
         sample = self._sample.build().to(self.typical_score)
         self._reset()
         return self(sample).mean()
-
-    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return how far the negative log density lies above its least value.
-
-        Args:
-            embeddings (torch.Tensor): Embeddings ``[..., Z]``.
-
-        Returns:
-            torch.Tensor: Scores ``[...]`` in nats, float32.
-        """
-        with torch.autocast(embeddings.device.type, enabled=False):
-            # One product for all components: W_k (z - mu_k) = W_k z - W_k mu_k.
-            whitened = embeddings.to(self.shifts.dtype) @ self.whitening.flatten(0, 1).T  # [..., K * Z]
-            squared = (whitened.unflatten(-1, self.shifts.shape) - self.shifts).square().sum(dim=-1)  # [..., K]
-            heights = self.log_weights + self.log_norms  # of the components' peaks, but for the powers of 2 pi
-            density = torch.logsumexp(heights - squared / 2, dim=-1)
-            return (torch.logsumexp(heights, dim=0) - density).clamp(min=0)
 
 
 class MahalanobisScorer(Scorer):
@@ -159,7 +180,7 @@ class MahalanobisScorer(Scorer):
     def _finalize(self) -> torch.Tensor:
         counts, means, covariances = self._moments.estimate()
         covariances = covariances * (counts / (counts - 1).clamp(min=1))[:, None, None]  # unbiased, as PaDiM's
-        whitening = _whiten(covariances, self.jitter)
+        whitening = whiten(covariances, self.jitter)
         # The mean square of whitened embeddings is the trace of their covariance.
         mean_square = torch.einsum("pyz,pzx,pyx->p", whitening, covariances, whitening).mean()
         grid = self._grid or (0, 0)
@@ -222,9 +243,15 @@ class _Moments:
         return counts, means if self._shift is None else means + self._shift, covariances
 
 
-def _whiten(covariances: torch.Tensor, jitter: float) -> torch.Tensor:
+def whiten(covariances: torch.Tensor, jitter: float) -> torch.Tensor:
     """Return ``W`` with ``W (Sigma + jitter) W^T = 1``, lower triangular, for covariances ``[G, Z, Z]``."""
     eye = torch.eye(covariances.shape[-1], dtype=covariances.dtype, device=covariances.device)
     factor = torch.linalg.cholesky(covariances + jitter * eye)
     # Contiguous as a checkpoint's: of another layout products differ in the last bit on some processors.
     return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).contiguous()
+
+
+def _squared_distances(embeddings: torch.Tensor, whitening: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+    """Return squared Mahalanobis distances ``[..., K]`` of embeddings ``[..., Z]`` to K Gaussians."""
+    whitened = embeddings @ whitening.flatten(0, 1).T  # [..., K * Z]
+    return (whitened.unflatten(-1, shifts.shape) - shifts).square().sum(dim=-1)

@@ -24,6 +24,7 @@ TRAINED: dict[str, Any] = {
     "crops_per_step": 1,
     "patches_per_step": 64,
     "pairs_per_step": 64,
+    "scorer": "exact",
     "bank_size": 60,
     "bank_stride": 16,
     "train_precision": "float32",
@@ -85,8 +86,8 @@ OTHER: dict[str, Any] = {
     "visualizer": False,
 }
 
-OF_THE_WEIGHTS = {"image_size", "patch_sizes", "scored_sizes", "embedding_dim", "num_components", "batch_norm"}
-OF_THE_BANK = {"scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight"}
+OF_THE_WEIGHTS = {"image_size", "patch_sizes", "embedding_dim", "num_components", "batch_norm"}
+OF_THE_BANK = {"scored_sizes", "scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight"}
 ALWAYS_USED = {"stride", "combination", "post_processor", "evaluator", "visualizer"}
 NEVER_USED = OF_THE_WEIGHTS | {"pre_trained", "pre_processor"}
 # Not in a training that goes on; `training_mode` needs a lambda_syn of 0, which would drop a network.
@@ -97,7 +98,7 @@ COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")
 COMMANDS = ("test", "predict", "export", "train")
 
 # One of each kind; the others take minutes, and are among the slow tests.
-SAMPLE = {"image_size", "stride", "scorer", "bank_size", "max_steps", "learning_rate", "post_processor"}
+SAMPLE = {"image_size", "scored_sizes", "stride", "scorer", "bank_size", "max_steps", "learning_rate", "post_processor"}
 
 
 def is_used(name: str, command: str) -> bool:

@@ -3,12 +3,14 @@
 
 """Pixel scores against the plain average over covering patches."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_pedenet.anomaly_map import averaging_matrix, combine_maps, scores_to_map
+from anomalib_pedenet.anomaly_map import averaging_matrix, combine_maps, scores_to_map, soft_maximum
 from anomalib_pedenet.patches import grid_size
 
 
@@ -107,3 +109,38 @@ def test_a_map_of_weight_two_counts_as_two_maps(combination: str, expected: list
 def test_unknown_combination_is_refused() -> None:
     with pytest.raises(ValueError, match="'product' or 'mean', got 'max'"):
         combine_maps([torch.zeros(1)], combination="max")  # type: ignore[arg-type]
+
+
+def measured(
+    maps: list[torch.Tensor], offsets: torch.Tensor, spreads: torch.Tensor, weights: list[float]
+) -> torch.Tensor:
+    """Return each scale's map in units of its spread, weighted, ``[S, B, 1, H, W]``."""
+    return torch.stack(
+        [
+            weight * (scores - offset) / spread
+            for scores, offset, spread, weight in zip(maps, offsets, spreads, weights, strict=True)
+        ]
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 1_000), scales=st.integers(1, 4))
+def test_the_soft_maximum_is_close_above_the_largest_scale_and_never_negative(seed: int, scales: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    maps = list(torch.rand(scales, 2, 1, 4, 5, generator=generator) * 10)
+    offsets, spreads = torch.rand(2, scales, generator=generator) + 0.01
+    weights = (torch.rand(scales, generator=generator) + 0.1).tolist()
+    joined = soft_maximum(maps, offsets, spreads, weights)
+    largest = measured(maps, offsets, spreads, weights).amax(dim=0)
+    constant = joined - largest
+    lift = float((offsets / spreads * torch.tensor(weights)).max())
+    assert constant.min() >= lift - 1e-3
+    assert constant.max() <= lift + math.log(scales) + 1e-3
+    zeros = [torch.zeros_like(scores) for scores in maps]
+    assert soft_maximum(zeros, offsets, spreads, weights).min() >= 0
+
+
+def test_the_soft_maximum_does_not_overflow() -> None:
+    maps = [torch.full((1, 1, 1, 1), 1e6), torch.full((1, 1, 1, 1), 2e6)]
+    joined = soft_maximum(maps, torch.zeros(2), torch.ones(2), [1.0, 1.0])
+    torch.testing.assert_close(joined, maps[1])

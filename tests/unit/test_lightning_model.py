@@ -21,7 +21,7 @@ DEFAULTS = Path(__file__).parents[2] / "configs" / "model" / "pedenet.yaml"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"combination": "max"}, "combination must be one of 'product', 'mean', got 'max'"),
+        ({"combination": "max"}, "combination must be one of 'auto', 'product', 'mean', got 'max'"),
         ({"training_mode": "sparse"}, "training_mode must be one of 'dense', 'patchwise'"),
         ({"density_loss": "vae"}, "density_loss must be one of 'dagmm', 'paper'"),
         ({"patch_sizes": [48]}, r"patch_sizes must be \[32\], \[64\] or both, got \[48\]"),

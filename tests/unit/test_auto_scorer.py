@@ -1,0 +1,116 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The scorer and the combination of scales that are chosen from normal images."""
+
+import math
+
+import pytest
+import torch
+
+from anomalib_pedenet import PedenetModel
+from anomalib_pedenet.anomaly_map import scores_to_map
+from anomalib_pedenet.scorers import GaussianMixtureScorer, NearestNeighborScorer
+
+LEARNED = {32: 0.49, 64: 0.81}
+
+
+def aligned(count: int = 6) -> torch.Tensor:
+    """Images ``[N, 3, 96, 128]`` of the same part: one picture, and a little noise."""
+    generator = torch.Generator().manual_seed(0)
+    part = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 16, generator=generator), size=(96, 128))
+    return part + 0.02 * torch.randn(count, 3, 96, 128, generator=generator)
+
+
+def surface(count: int = 6) -> torch.Tensor:
+    """Images ``[N, 3, 96, 128]`` that look alike everywhere."""
+    return torch.rand(count, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+
+
+def fitted(images: torch.Tensor, **arguments: object) -> PedenetModel:
+    torch.manual_seed(0)
+    model = PedenetModel(scorer="auto", stride=8, bank_size=200, **arguments).eval()  # type: ignore[arg-type]
+    model.fit_standardization(images)
+    model.calibrate(images, learned=LEARNED)
+    model.fit(images.split(1))
+    model.fit_normal_limit(images)
+    return model
+
+
+def test_aligned_parts_are_compared_by_place_at_the_scales_of_the_product() -> None:
+    model = fitted(aligned())
+    assert all(isinstance(scorer, NearestNeighborScorer) for scorer in model.scorers.values())
+    assert float(model.position_encodings["32"].weight) > 0
+    exact = PedenetModel(scorer="exact")
+    exact.weigh_scales(LEARNED)
+    assert model.scale_shares == exact.scale_shares == {24: 1.0, 32: 0.49}
+
+
+def test_elsewhere_the_density_decides_and_every_scale_counts_by_the_root_of_what_it_learned() -> None:
+    model = fitted(surface())
+    assert all(isinstance(scorer, GaussianMixtureScorer) for scorer in model.scorers.values())
+    assert model.scale_shares == pytest.approx({16: 1.0, 24: 1.0, 32: 0.7, 64: 0.9})
+
+
+@pytest.mark.parametrize("images", [aligned(), surface()])
+def test_a_given_weight_of_the_position_decides(images: torch.Tensor) -> None:
+    assert fitted(images, position_weight=4.0).scorer_in_use == "exact"
+    assert fitted(images, position_weight=0.0).scorer_in_use == "gaussian_mixture"
+
+
+def test_the_map_is_the_soft_maximum_of_the_scales_one_by_one() -> None:
+    model = fitted(surface())
+    normal, image = surface(), surface(7)[6:]
+
+    def scale_map(size: int, images: torch.Tensor) -> torch.Tensor:
+        grid = model.embedding_network.embed_dense(model.standardize(images), 8, [size])[size]
+        if str(size) in model.projections:
+            grid = model.projections[str(size)](grid)
+        scorer = model.scorers[str(size)]
+        scores = scorer(grid.permute(0, 2, 3, 1)) / scorer.typical_score
+        return scores_to_map(scores, (96, 128), size, 8).detach()
+
+    total, lift, normals = torch.zeros(1, 1, 96, 128), 0.0, torch.zeros(6, 1, 96, 128)
+    for size, weight in model.scale_shares.items():
+        of_normal = scale_map(size, normal)
+        offset, spread = of_normal.mean(), of_normal.amax(dim=(1, 2, 3)).std()
+        total += (weight * (scale_map(size, image) - offset) / spread).exp()
+        normals += (weight * (of_normal - offset) / spread).exp()
+        lift = max(lift, weight * float(offset / spread))
+    unit = (normals.log() + lift).mean()
+    limit = ((normals.log() + lift) / unit).max()
+    scores = (total.log() + lift) / unit
+    predicted = model(image).anomaly_map
+    torch.testing.assert_close(predicted, scores / (scores + limit), rtol=1e-4, atol=1e-4)
+
+
+def test_one_normal_image_is_enough_for_a_soft_maximum() -> None:
+    images = surface(2)
+    model = fitted(images)
+    model.fit_normal_limit(images[:1])
+    assert model(images).anomaly_map.isfinite().all()
+    model.fit_normal_limit(images[:1].expand(3, -1, -1, -1))  # the highest scores do not differ at all
+    assert model(images).anomaly_map.isfinite().all()
+
+
+@pytest.mark.parametrize("images", [aligned(), surface()])
+def test_what_was_chosen_is_saved(images: torch.Tensor) -> None:
+    model = fitted(images)
+    loaded = PedenetModel(scorer="auto", stride=8, bank_size=200).eval()
+    loaded.load_state_dict(model.state_dict())
+    assert loaded.scale_shares == model.scale_shares
+    torch.testing.assert_close(loaded(images).anomaly_map, model(images).anomaly_map, rtol=0, atol=0)
+    # Fitted again without a training, it weighs the scales as the training did.
+    loaded.calibrate(images)
+    assert loaded.scale_shares == pytest.approx(model.scale_shares)
+
+
+def test_the_choice_is_made_anew_for_other_images() -> None:
+    model = fitted(surface())
+    model.reset_choices()
+    assert math.isnan(float(model.learned[0]))
+    model.calibrate(aligned(), learned=LEARNED)
+    model.fit(aligned().split(1))
+    model.fit_normal_limit(aligned())
+    assert model.scorer_in_use == "exact"
+    assert model(aligned()).pred_score.isfinite().all()
