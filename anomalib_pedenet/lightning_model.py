@@ -102,12 +102,15 @@ _UNSAVED_TRANSFORM = "pedenet_unsaved_transform"
 _SHORTENED = "pedenet_shortened_to"
 
 # State that is fitted with the memory bank.
+# The scales' weights and the scorer that was chosen.
+_CHOSEN = "model._extra_state"
+
 # Names, or their first parts, of what is fitted with the memory bank.
 _FITTED = (
     "model.scorers.",
     "model.position_encodings.",
     "model.projections.",
-    "model._extra_state",
+    _CHOSEN,
     "model.map_",
     "model.typical_score",
     "model.normal_limit",
@@ -1112,7 +1115,11 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         self._asked_of_bank = changes_bank(asked)
         self._is_bank_stale = bool(self._asked_of_bank)
         if self._is_bank_stale:
+            state = checkpoint["state_dict"]
             self._replace_state(checkpoint, *_FITTED)
+            chosen = state.get(_CHOSEN)
+            if chosen is not None and len(chosen) == len(checkpoint["state_dict"][_CHOSEN]):
+                checkpoint["state_dict"][_CHOSEN] = chosen  # the weights of the same scales
         used = [name for name in asked if name in {"stride", "combination", *self._asked_of_bank}]
         if used:
             logger.warning(

@@ -360,15 +360,18 @@ class PedenetModel(nn.Module):
         Args:
             images (torch.Tensor): Pre-processed normal images ``[B, 3, H, W]``, two or more.
             stride (int | None): Distance between the patches taken from them, in pixels. Defaults to the model's.
-            learned (Mapping[int, float] | None): See :meth:`weigh_scales`; ``None`` to leave the weights of the scales
-                as they are.
+            learned (Mapping[int, float] | None): See :meth:`weigh_scales`. ``None`` for what is known from before; if
+                nothing is, scales are not weighed.
 
         Returns:
             dict[int, float]: The weight of the position in use at each scored size.
         """
         stride = stride or self.stride
         chooses = self.scorer == AUTO_SCORER
-        if not chooses and learned is not None:
+        if learned is None:  # as when a trained model is fitted again
+            known = dict(zip(self.patch_sizes, self.learned.tolist(), strict=True))
+            learned = {size: value for size, value in known.items() if not math.isnan(value)}
+        if not chooses and learned:
             self.weigh_scales(learned)
         grids = self._embed(self._tile(images), stride, self.scored_sizes if chooses else None)
         encodes_position = scorer_class(SCORER_BY_PLACE if chooses else self.scorer_in_use).encodes_position
@@ -382,8 +385,7 @@ class PedenetModel(nn.Module):
                 self.position_encodings[str(size)].weight.fill_(weight)
         if chooses:
             self._choose_scorer()
-            known = dict(zip(self.patch_sizes, self.learned.tolist(), strict=True))
-            self.weigh_scales(learned or {size: value for size, value in known.items() if not math.isnan(value)})
+            self.weigh_scales(learned)
         weights = {size: float(self.position_encodings[str(size)].weight) for size in self.scale_shares}
         return weights if scorer_class(self.scorer_in_use).encodes_position else dict.fromkeys(weights, 0.0)
 

@@ -42,9 +42,10 @@ def train(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -
     (path,) = folder.rglob("*.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["global_step"] == 2
-    rows = [value for name, value in checkpoint["state_dict"].items() if name.endswith(".rows")]
-    # Scales on which location prediction has learned nothing may be left out, and have no bank then.
-    assert 0 < max(map(len, rows)) <= TINY["bank_size"]
+    state = checkpoint["state_dict"]
+    fitted = [value for name, value in state.items() if name.endswith((".rows", ".whitening"))]
+    # Scales on which location prediction has learned nothing may be left out, and have nothing then.
+    assert 0 < max(map(len, fitted)) <= TINY["bank_size"]
 
 
 @pytest.mark.parametrize("name", names("model"))

@@ -10,6 +10,7 @@ import torch
 
 from anomalib_pedenet import PedenetModel
 from anomalib_pedenet.anomaly_map import scores_to_map
+from anomalib_pedenet.checkpoint_io import bring_up_to_date
 from anomalib_pedenet.scorers import GaussianMixtureScorer, NearestNeighborScorer
 
 LEARNED = {32: 0.49, 64: 0.81}
@@ -114,3 +115,31 @@ def test_the_choice_is_made_anew_for_other_images() -> None:
     model.fit_normal_limit(aligned())
     assert model.scorer_in_use == "exact"
     assert model(aligned()).pred_score.isfinite().all()
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_scores_as_it_did() -> None:
+    torch.manual_seed(0)
+    images = aligned()
+    model = PedenetModel(stride=8, bank_size=200).eval()
+    model.calibrate(images, learned=LEARNED)
+    model.fit(images.split(1))
+    model.fit_normal_limit(images)
+    saved = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for name in ("learned", "map_offsets", "map_spreads", "typical_score"):
+        del saved[f"model.{name}"]
+    saved["model._extra_state"] = saved["model._extra_state"][:-1]
+    checkpoint = {"state_dict": saved}
+    bring_up_to_date(checkpoint)
+    loaded = PedenetModel(stride=8, bank_size=200).eval()
+    loaded.load_state_dict({name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()})
+    assert loaded.scale_shares == model.scale_shares
+    torch.testing.assert_close(loaded(images).anomaly_map, model(images).anomaly_map, rtol=0, atol=0)
+    assert loaded.learned.isnan().all()
+
+
+def test_another_scorer_weighs_the_scales_by_what_was_learned() -> None:
+    model = fitted(surface())
+    other = PedenetModel(scorer="exact", stride=8, bank_size=200).eval()
+    other.learned.copy_(model.learned)
+    other.calibrate(surface())
+    assert other.scale_shares == pytest.approx({24: 1.0, 32: 0.49})
