@@ -374,29 +374,40 @@ class PedenetModel(nn.Module):
         if not chooses and learned:
             self.weigh_scales(learned)
         grids = self._embed(self._tile(images), stride, self.scored_sizes if chooses else None)
-        encodes_position = scorer_class(SCORER_BY_PLACE if chooses else self.scorer_in_use).encodes_position
-        for size, grid in grids.items():
-            if str(size) in self.projections:
-                self.projections[str(size)].fit(grid)
-            if self.position_weight == "auto":
-                has_position = self.tiler is None and encodes_position
-                shape = (images.shape[-2], images.shape[-1])
-                weight = choose_weight(self._project(grid, size), shape, stride) if has_position else 0.0
-                self.position_encodings[str(size)].weight.fill_(weight)
+        image_size = (images.shape[-2], images.shape[-1])
+        calibrated = None
         if chooses:
-            self._choose_scorer()
+            smallest = min(self.patch_sizes)
+            reference = smallest if smallest in self.scored_sizes else max(self.scored_sizes)
+            self._calibrate_scale(reference, grids[reference], image_size, stride, SCORER_BY_PLACE)
+            is_aligned = float(self.position_encodings[str(reference)].weight) > 0
+            chosen = SCORER_BY_PLACE if is_aligned else SCORER_ANYWHERE
+            calibrated = reference if is_aligned else None  # for that scorer
+            if chosen != self.scorer_in_use:  # else what was fitted before stays in use until the next fit is done
+                self._use_scorer(chosen)
             self.weigh_scales(learned)
+        for size in self.scale_shares:
+            if size == calibrated:
+                continue
+            self._calibrate_scale(size, grids[size], image_size, stride, self.scorer_in_use)
         weights = {size: float(self.position_encodings[str(size)].weight) for size in self.scale_shares}
         return weights if scorer_class(self.scorer_in_use).encodes_position else dict.fromkeys(weights, 0.0)
 
-    def _choose_scorer(self) -> None:
-        """Choose an ``"auto"`` scorer: by place where patches of the smallest trained size are compared by theirs."""
-        smallest = min(self.patch_sizes)
-        reference = smallest if smallest in self.scored_sizes else max(self.scored_sizes)
-        is_aligned = float(self.position_encodings[str(reference)].weight) > 0
-        chosen = SCORER_BY_PLACE if is_aligned else SCORER_ANYWHERE
-        if chosen != self.scorer_in_use:  # else what was fitted before stays in use until the next fit is done
-            self._use_scorer(chosen)
+    def _calibrate_scale(
+        self,
+        size: int,
+        grid: torch.Tensor,
+        image_size: tuple[int, int],
+        stride: int,
+        scorer: str | Mapping[str, Any],
+    ) -> None:
+        """Fit the projection of a scale and choose the weight of the position for a scorer, unless it is given."""
+        if str(size) in self.projections:
+            self.projections[str(size)].fit(grid)
+        if self.position_weight == "auto":
+            has_position = self.tiler is None and scorer_class(scorer).encodes_position
+            weight = choose_weight(self._project(grid, size), image_size, stride) if has_position else 0.0
+            self.position_encodings[str(size)].weight.fill_(weight)
 
     @torch.no_grad()
     def fit_normal_limit(self, images: torch.Tensor) -> None:
