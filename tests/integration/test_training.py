@@ -29,6 +29,7 @@ SMALL = {
     "scored_sizes": [32, 64],
     "stride": 16,
     "bank_stride": 16,
+    "scorer": "exact",
     "bank_size": 100,
     "crops_per_step": 1,
     "patches_per_step": 64,
@@ -262,7 +263,7 @@ def test_every_term_is_logged(datamodule: MVTecAD, tmp_path: Path) -> None:
 
 
 def test_held_back_images_are_neither_trained_on_nor_in_the_bank(datamodule: MVTecAD, tmp_path: Path) -> None:
-    options = {**SMALL, "scorer": "exact", "scored_sizes": [64], "bank_size": 10_000}
+    options = {**SMALL, "scored_sizes": [64], "bank_size": 10_000}
     banks, largest_pools = [], []
     for holdout in (0.0, 0.34):
         model = PoolRecorder(**options, max_steps=12, holdout=holdout)
