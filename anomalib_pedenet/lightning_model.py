@@ -101,7 +101,6 @@ _UNSAVED_TRANSFORM = "pedenet_unsaved_transform"
 # Entry of a checkpoint: the length of a training that was shortened.
 _SHORTENED = "pedenet_shortened_to"
 
-# State that is fitted with the memory bank.
 # The scales' weights and the scorer that was chosen.
 _CHOSEN = "model._extra_state"
 

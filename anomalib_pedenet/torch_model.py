@@ -418,17 +418,17 @@ class PedenetModel(nn.Module):
         Args:
             images (torch.Tensor): Pre-processed normal images ``[B, 3, H, W]``.
         """
+        scored = [self._score_scales(self._tile(image)) for image in images.split(1)]
         if self._is_soft_maximum:
-            self._fit_soft_maximum(images)
-        limit = torch.cat([self._score(image)[1] for image in images.split(1)]).max()
+            self._fit_soft_maximum([maps for maps, _ in scored])
+        limit = torch.cat([self._join(maps, weights, images.shape[-2:])[1] for maps, weights in scored]).max()
         # All patches of few images are in the bank, at a distance of 0 that says nothing of other images.
         self.normal_limit = limit.clamp(min=1)
 
-    def _fit_soft_maximum(self, images: torch.Tensor) -> None:
-        """Take what normal images score at each scale, and together."""
-        maps = [self._score_scales(self._tile(image))[0] for image in images.split(1)]
-        for position, scale in enumerate(zip(*maps, strict=True)):
-            index = self.scored_sizes.index(list(self.scale_shares)[position])
+    def _fit_soft_maximum(self, maps: list[list[torch.Tensor]]) -> None:
+        """Take what normal images score at each scale, and together, from each one's maps of the scales that count."""
+        for size, scale in zip(self.scale_shares, zip(*maps, strict=True), strict=True):
+            index = self.scored_sizes.index(size)
             pixels = torch.cat([scores.flatten() for scores in scale])
             highest = torch.stack([scores.max() for scores in scale])
             self.map_offsets[index] = pixels.mean()
@@ -468,8 +468,13 @@ class PedenetModel(nn.Module):
 
     def _score(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the maps ``[B, 1, H, W]`` and scores ``[B]`` of images, in units of a normal patch's typical score."""
-        maps, weights = self._score_scales(self._tile(images))
-        anomaly_map = self._untile(self._combine(maps), images.shape[-2:])
+        return self._join(*self._score_scales(self._tile(images)), images.shape[-2:])
+
+    def _join(
+        self, maps: list[torch.Tensor], weights: list[torch.Tensor | None], size: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the maps and scores of images of some height and width from what their tiles have at each scale."""
+        anomaly_map = self._untile(self._combine(maps), size)
         pred_score = anomaly_map.amax(dim=(1, 2, 3))
         given = [weight for weight in weights if weight is not None]
         if given:
