@@ -137,7 +137,14 @@ def soft_maximum(
         torch.Tensor: One map of the same shape, at least 0.
     """
     units = spreads / torch.tensor(weights).to(spreads)
-    lifted = offsets / units
-    measured = [scores / unit - offset for scores, unit, offset in zip(maps, units, lifted, strict=True)]
-    # Where all scores are 0 it is at least -min(lifted).
-    return torch.logsumexp(torch.stack(measured), dim=0) + lifted.max()
+    # Where all scores are 0 it is at least -min(offsets / units).
+    joined = torch.logsumexp(torch.stack(measure_maps(maps, offsets, spreads, weights)), dim=0)
+    return joined + (offsets / units).max()
+
+
+def measure_maps(
+    maps: Sequence[torch.Tensor], offsets: torch.Tensor, spreads: torch.Tensor, weights: Sequence[float]
+) -> list[torch.Tensor]:
+    """Measure each scale's map by what normal images score; see :func:`soft_maximum`, which joins the results."""
+    units = spreads / torch.tensor(weights).to(spreads)
+    return [scores / unit - offset for scores, unit, offset in zip(maps, units, offsets / units, strict=True)]

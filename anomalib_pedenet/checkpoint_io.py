@@ -3,14 +3,15 @@
 
 """Checkpoint files: written whole or not at all, and checked to the last byte before anything in them is used."""
 
+import contextlib
 import inspect
 import os
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
@@ -175,10 +176,7 @@ class CheckedCheckpointIO(AnomalibCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
-        """Save a checkpoint beside its place, on the disk to the last byte, and then put it there in one step.
-
-        A process that is killed leaves the earlier file as it was, and perhaps a ``.<name>.part`` beside it, which the
-        next one overwrites.
+        """Save a checkpoint; see :func:`written_whole`.
 
         Args:
             checkpoint (dict[str, Any]): What to save.
@@ -193,17 +191,8 @@ class CheckedCheckpointIO(AnomalibCheckpointIO):
             return
         target = Path(str(path).removeprefix("file://"))
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        try:
-            with part.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(target)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        _sync_folder(target.parent)
+        with written_whole(target) as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(
         self,
@@ -220,6 +209,35 @@ class CheckedCheckpointIO(AnomalibCheckpointIO):
         weights_only = weights_only is not False
         check_checkpoint_file(path, weights_only, self.extra_safe_globals)
         return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
+
+
+@contextlib.contextmanager
+def written_whole(target: Path) -> Iterator[BinaryIO]:
+    """Give a file to write to, which takes its place on the disk in one step when all is written.
+
+    A process that is killed before leaves an earlier file as it was, and perhaps a ``.<name>.part`` beside it, which
+    the next one overwrites.
+
+    Args:
+        target (Path): Where it is to be, in a folder that exists.
+
+    Yields:
+        BinaryIO: The file.
+
+    Raises:
+        OSError: If it cannot be written; an earlier file is untouched, as after any other exception.
+    """
+    part = target.with_name(f".{target.name}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
 
 
 def _sync_folder(folder: Path) -> None:

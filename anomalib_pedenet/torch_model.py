@@ -9,22 +9,23 @@ very graph that is exported.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Sized
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, Literal, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.data.utils.tiler import Tiler
 from torch import nn
+from torch.nn.functional import max_pool2d
 
-from anomalib_pedenet.anomaly_map import Combination, combine_maps, scores_to_map, soft_maximum
+from anomalib_pedenet.anomaly_map import Combination, combine_maps, measure_maps, scores_to_map, soft_maximum
 from anomalib_pedenet.networks import (
     DefectPredictionNetwork,
     DensityEstimationNetwork,
     LocationPredictionNetwork,
     PatchEmbeddingNetwork,
 )
-from anomalib_pedenet.patches import MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE, grid_size
+from anomalib_pedenet.patches import BASE_STRIDE, MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE, grid_size
 from anomalib_pedenet.position import PositionEncoding, choose_weight
 from anomalib_pedenet.projection import PrincipalProjection
 from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
@@ -65,6 +66,18 @@ def default_scored_sizes(patch_sizes: Sequence[int], scorer: str | Mapping[str, 
     if smallest != SUB_PATCH_SIZE:
         return (smallest,)
     return (*SCORED_MID_LEVEL_SIZES, *(sorted(patch_sizes) if scorer in (AUTO_SCORER, SCORER_ANYWHERE) else [smallest]))
+
+
+class PatchScores(NamedTuple):
+    """Patches of one scale.
+
+    Attributes:
+        embeddings (torch.Tensor): As their scorer takes them, ``[B, h, w, Z]``, or ``Z + 2`` with their place.
+        scores (torch.Tensor): In units of a normal patch's typical score, ``[B, h, w]``.
+    """
+
+    embeddings: torch.Tensor
+    scores: torch.Tensor
 
 
 class PedenetModel(nn.Module):
@@ -436,8 +449,45 @@ class PedenetModel(nn.Module):
             # Few images may be alike in their highest score, by chance or because they are the same.
             self.map_spreads[index] = spread.clamp(min=_LEAST_SPREAD * pixels.std()).clamp(min=1e-6)
         self.typical_score.fill_(1)
-        typical = torch.stack([self._combine(scales).mean() for scales in maps]).mean()
+        typical = torch.stack([self.combine(scales).mean() for scales in maps]).mean()
         self.typical_score = typical.clamp(min=1e-6)
+
+    @torch.no_grad()
+    def teach(self, images: Iterable[torch.Tensor], limit: float) -> dict[int, int]:
+        """Take what is abnormal on good images for normal from now on.
+
+        Args:
+            images (Iterable[torch.Tensor]): Pre-processed good images ``[B, 3, H, W]``.
+            limit (float): Score of a pixel, as :meth:`forward` gives it, above which the patches that cover it are
+                taken, as far as they score higher than a typical one.
+
+        Returns:
+            dict[int, int]: Number of patches that were taken at each scale; all 0 where nothing scores so high.
+
+        Raises:
+            RuntimeError: If the model is not fitted.
+            ValueError: If it scores tiles.
+            NotImplementedError: If its scorer cannot be taught.
+        """
+        self.check_is_fitted()
+        if self.tiler is not None:
+            msg = "A model that scores tiles cannot be taught: turn tiling off."
+            raise ValueError(msg)
+        for size in self.scale_shares:
+            self.scorers[str(size)].check_teachable()
+        taught: dict[int, list[torch.Tensor]] = {size: [] for size in self.scale_shares}
+        for batch in images:
+            is_abnormal = (self(batch).anomaly_map > limit).float()
+            # In finer steps: on the next image the same thing lies otherwise in the grid of patches.
+            stride = BASE_STRIDE if batch.shape[-2:].numel() <= _STRIP_PIXELS else self.stride
+            for size, found in self.patch_scores(batch, stride):
+                is_covering = max_pool2d(is_abnormal, size, stride)[:, 0] > 0  # [B, h, w]
+                taught[size].append(found.embeddings[is_covering & (found.scores > 1)])
+        rows = {size: torch.cat(parts) for size, parts in taught.items()}
+        for size, embeddings in rows.items():
+            if len(embeddings):
+                self.scorers[str(size)].teach(embeddings)
+        return {size: len(embeddings) for size, embeddings in rows.items()}
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Score images.
@@ -466,6 +516,44 @@ class PedenetModel(nn.Module):
                 anomaly_map=anomaly_map / (anomaly_map + self.normal_limit),
             )
 
+    def patch_scores(self, images: torch.Tensor, stride: int | None = None) -> Iterator[tuple[int, PatchScores]]:
+        """Score all patches of images, scale by scale.
+
+        Args:
+            images (torch.Tensor): Pre-processed images ``[B, 3, H, W]``; tiles, where a tiler is set.
+            stride (int | None): Distance between neighbouring patches in pixels. Defaults to the model's, which scorers
+                that go ``by_place`` always have.
+
+        Yields:
+            tuple[int, PatchScores]: Scale, of those that count, and its patches.
+
+        Raises:
+            ValueError: If the images are smaller than a patch.
+        """
+        stride = stride or self.stride
+        for size, grid in self._embed(images, stride).items():
+            embeddings, scorer = self._arrange(grid, size, images, stride), self.scorers[str(size)]
+            yield size, PatchScores(embeddings, scorer(embeddings) / scorer.typical_score)
+
+    def contributions(self, maps: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Return what each scale adds to the anomaly map, comparable between scales.
+
+        Args:
+            maps (Mapping[int, torch.Tensor]): Map of each scale that counts, ``[B, 1, H, W]``.
+
+        Returns:
+            dict[int, torch.Tensor]: By scale, of the shape of its map: the exponents of the soft maximum, the
+                logarithms of the factors of a product, or the terms of a sum.
+        """
+        shares = self.scale_shares
+        if self._is_soft_maximum:
+            measured = measure_maps(list(maps.values()), *self._soft_maximum_state())
+            return dict(zip(maps, measured, strict=True))
+        if self.combination == "mean":
+            return {size: shares[size] * scores for size, scores in maps.items()}
+        least = torch.finfo(torch.float32).tiny
+        return {size: shares[size] * scores.clamp(min=least).log() for size, scores in maps.items()}
+
     def _score(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the maps ``[B, 1, H, W]`` and scores ``[B]`` of images, in units of a normal patch's typical score."""
         return self._join(*self._score_scales(self._tile(images)), images.shape[-2:])
@@ -474,7 +562,7 @@ class PedenetModel(nn.Module):
         self, maps: list[torch.Tensor], weights: list[torch.Tensor | None], size: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the maps and scores of images of some height and width from what their tiles have at each scale."""
-        anomaly_map = self._untile(self._combine(maps), size)
+        anomaly_map = self._untile(self.combine(maps), size)
         pred_score = anomaly_map.amax(dim=(1, 2, 3))
         given = [weight for weight in weights if weight is not None]
         if given:
@@ -484,22 +572,23 @@ class PedenetModel(nn.Module):
     def _score_scales(self, tiles: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """Return the map ``[B, 1, h, w]`` of each scale that counts, and its scorer's factors for images, if any."""
         maps, weights = [], []
-        for size, grid in self._embed(tiles, self.stride).items():
-            scorer = self.scorers[str(size)]
-            embeddings = self._arrange(grid, size, tiles, self.stride)
-            scores = scorer(embeddings)  # [B, h, w]
-            maps.append(scores_to_map(scores / scorer.typical_score, tiles.shape[-2:], size, self.stride))
-            weights.append(scorer.image_weights(embeddings, scores) if self.tiler is None else None)
+        for size, patches in self.patch_scores(tiles):
+            maps.append(scores_to_map(patches.scores, tiles.shape[-2:], size, self.stride))
+            weights.append(self.scorers[str(size)].image_weights(*patches) if self.tiler is None else None)
         return maps, weights
 
-    def _combine(self, maps: list[torch.Tensor]) -> torch.Tensor:
+    def combine(self, maps: list[torch.Tensor]) -> torch.Tensor:
         """Return one map, in units of a normal patch's typical score, of those of the scales that count."""
-        shares = self.scale_shares
         if self._is_soft_maximum:
-            used = [self.scored_sizes.index(size) for size in shares]
-            joined = soft_maximum(maps, self.map_offsets[used], self.map_spreads[used], list(shares.values()))
-            return joined / self.typical_score
-        return combine_maps(maps, list(shares.values()), "mean" if self.combination == "mean" else "product")
+            return soft_maximum(maps, *self._soft_maximum_state()) / self.typical_score
+        shares = list(self.scale_shares.values())
+        return combine_maps(maps, shares, "mean" if self.combination == "mean" else "product")
+
+    def _soft_maximum_state(self) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+        """Return offsets, spreads and weights of the scales that count."""
+        shares = self.scale_shares
+        used = [self.scored_sizes.index(size) for size in shares]
+        return self.map_offsets[used], self.map_spreads[used], list(shares.values())
 
     @property
     def _goes_by_place(self) -> bool:

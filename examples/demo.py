@@ -5,8 +5,8 @@
 
 The script makes the data set (see ``demo_data.py``) and then runs three stock commands, each printed as it is run, so
 that you can repeat it in your shell: ``anomalib train``, ``anomalib test`` from the checkpoint, and
-``anomalib predict`` on the folder of test images. At the end it draws a sheet of examples, using anomalib from Python,
-and prints the scores.
+``anomalib predict`` on the folder of test images. Then it draws a sheet of examples, using anomalib from Python,
+writes a page with all of them by ``anomalib-pedenet report``, and prints the scores.
 
 Two things to know when reading them. ``MVTecAD`` uses the test images for validation too, so the outlines are drawn at
 a threshold that was chosen on these very images; the AUROC figures need no threshold. And ``brick`` is the default
@@ -52,6 +52,7 @@ class Outcome(NamedTuple):
     pictures: Path
     predictions: Path
     sheet: Path
+    page: Path
 
 
 def run_category(category: str, root: Path, results: Path, max_steps: int) -> Outcome:
@@ -74,24 +75,31 @@ def run_category(category: str, root: Path, results: Path, max_steps: int) -> Ou
     checkpoint = run_folder / "weights" / "lightning" / "model.ckpt"
 
     console.rule(f"{category}: train on normal images only")
-    run("train", *model, "--model.max_steps", str(max_steps), *data, "--default_root_dir", str(results))
+    run("anomalib", "train", *model, "--model.max_steps", str(max_steps), *data, "--default_root_dir", str(results))
     train_seconds = time.perf_counter() - start
 
     console.rule(f"{category}: test the checkpoint")
     from_checkpoint = ["--ckpt_path", str(checkpoint)]
     csv_logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(results)]
     csv_logger += ["--trainer.logger.name", "metrics", "--trainer.logger.version", category]
-    run("test", *model, *data, "--default_root_dir", str(results), *from_checkpoint, *csv_logger)
+    run("anomalib", "test", *model, *data, "--default_root_dir", str(results), *from_checkpoint, *csv_logger)
     metrics = read_metrics(results / "metrics" / category / "metrics.csv")
 
     console.rule(f"{category}: predict a folder of images")
     predict_root = results / "predictions" / category
     images = str(root / category / "test")
-    run("predict", *model, "--data", images, "--default_root_dir", str(predict_root), *from_checkpoint)
+    run("anomalib", "predict", *model, "--data", images, "--default_root_dir", str(predict_root), *from_checkpoint)
 
     console.rule(f"{category}: draw examples")
     sheet = results / f"{category}.png"
     draw_sheet(category, root, checkpoint, sheet)
+
+    console.rule(f"{category}: write a page to look at")
+    page = results / f"{category}.html"
+    test, defective = root / category / "test", [str(root / category / "test" / kind) for kind in DEFECTS]
+    known = ["--good_images", str(test / "good"), "--defective_images", f"[{', '.join(defective)}]"]
+    normal = ["--training_images", str(root / category / "train" / "good")]
+    run("anomalib-pedenet", "report", *from_checkpoint, *known, *normal, "--output", str(page))
     return Outcome(
         category,
         metrics["pixel_AUROC"],
@@ -101,24 +109,25 @@ def run_category(category: str, root: Path, results: Path, max_steps: int) -> Ou
         pictures=run_folder / "images",
         predictions=predict_root / MODEL / "latest" / "images",
         sheet=sheet,
+        page=page,
     )
 
 
-def run(*arguments: str) -> None:
-    """Print an ``anomalib`` command and run it, or end the demo if it fails.
+def run(*command: str) -> None:
+    """Print a command and run it, or end the demo if it fails.
 
     Raises:
-        SystemExit: If anomalib is not installed beside this Python, or if the command fails.
+        SystemExit: If the command is not installed beside this Python, or if it fails.
     """
+    name = command[0]
     # The demo may be run without activating its environment: look beside the interpreter, not along PATH.
-    program = shutil.which("anomalib", path=Path(sys.executable).parent)
+    program = shutil.which(name, path=Path(sys.executable).parent)
     if program is None:
-        sys.exit(f"error: there is no anomalib command beside {sys.executable}. Run `make setup`, then `make demo`.")
-    command = ["anomalib", *arguments]
+        sys.exit(f"error: there is no {name} command beside {sys.executable}. Run `make setup`, then `make demo`.")
     console.print(f"$ {shlex.join(command)}\n", style="bold", markup=False, highlight=False, soft_wrap=True)
     status = subprocess.run(command, executable=program, check=False).returncode  # noqa: S603 - our own command
     if status != 0:
-        sys.exit(f"error: `anomalib {arguments[0]}` failed with exit status {status}; its own message is above.")
+        sys.exit(f"error: `{name} {command[1]}` failed with exit status {status}; its own message is above.")
 
 
 def read_metrics(path: Path) -> dict[str, float]:
@@ -192,6 +201,9 @@ def report(outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
         console.print(f"  {outcome.pictures} (anomalib test)", soft_wrap=True)
         console.print(f"  {outcome.predictions} (anomalib predict)", soft_wrap=True)
+    console.print(
+        "Open in a browser", *(f"  {outcome.page.resolve()}" for outcome in outcomes), sep="\n", soft_wrap=True
+    )
 
 
 def main() -> None:

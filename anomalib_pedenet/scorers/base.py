@@ -142,6 +142,34 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
             self.update(embeddings)
         self.finalize()
 
+    def teach(self, embeddings: torch.Tensor) -> None:
+        """Take further embeddings for normal, beside what was fitted.
+
+        A subclass that can do so overrides it.
+
+        Args:
+            embeddings (torch.Tensor): Embeddings ``[N, Z]``, one or more.
+
+        Raises:
+            NotImplementedError: If this scorer cannot.
+        """
+        del embeddings
+        self.check_teachable()
+
+    def check_teachable(self) -> None:
+        """Check that the scorer can be taught.
+
+        Raises:
+            NotImplementedError: If it cannot.
+        """
+        if type(self).teach is not Scorer.teach:
+            return
+        msg = (
+            f"{type(self).__name__} cannot be taught after its fit: train, or load the checkpoint, with the scorer "
+            "'exact' or 'gaussian_mixture'; or add the images to the training set and train again."
+        )
+        raise NotImplementedError(msg)
+
     def image_weights(self, embeddings: torch.Tensor, scores: torch.Tensor) -> torch.Tensor | None:
         """Return factors ``[B]`` for the images' scores, or ``None`` if the scorer has none.
 

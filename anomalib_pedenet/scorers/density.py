@@ -67,7 +67,7 @@ class GaussiansScorer(Scorer):
             # One product for some components together: W_k (z - mu_k) = W_k z - W_k mu_k. For all of them it would not
             # stay in a CPU's cache.
             groups = zip(self.whitening.split(_COMPONENTS), self.shifts.split(_COMPONENTS), strict=True)
-            squared = [_squared_distances(embeddings, whitening, shifts) for whitening, shifts in groups]
+            squared = [squared_distances(embeddings, whitening, shifts) for whitening, shifts in groups]
             heights = self.log_weights + self.log_norms  # of the components' peaks, but for the powers of 2 pi
             density = torch.logsumexp(heights - torch.cat(squared, dim=-1) / 2, dim=-1)
             return (torch.logsumexp(heights, dim=0) - density).clamp(min=0)
@@ -251,7 +251,7 @@ def whiten(covariances: torch.Tensor, jitter: float) -> torch.Tensor:
     return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).contiguous()
 
 
-def _squared_distances(embeddings: torch.Tensor, whitening: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+def squared_distances(embeddings: torch.Tensor, whitening: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
     """Return squared Mahalanobis distances ``[..., K]`` of embeddings ``[..., Z]`` to K Gaussians."""
     whitened = embeddings @ whitening.flatten(0, 1).T  # [..., K * Z]
     return (whitened.unflatten(-1, shifts.shape) - shifts).square().sum(dim=-1)

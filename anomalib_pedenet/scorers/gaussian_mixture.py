@@ -14,13 +14,15 @@ Reference:
 import torch
 from torch.nn.functional import one_hot
 
-from anomalib_pedenet.scorers.coreset import UniformSubset
-from anomalib_pedenet.scorers.density import GaussiansScorer, whiten
+from anomalib_pedenet.scorers.coreset import UniformSubset, make_bank_builder
+from anomalib_pedenet.scorers.density import GaussiansScorer, squared_distances, whiten
 
 _ROWS = 30_000  # that the mixture is fitted on
 _STEPS = 6  # of expectation maximisation; more change the density little
 _ASSIGNMENTS = 8  # steps of k-means before them
 _CHUNK = 512  # rows whose responsibilities are computed together, which stay in a CPU's cache
+
+_TAUGHT = 8  # components that a teaching adds at most
 
 # Of the variances towards their mean, before the mixture: what hardly varies must not be blown up.
 _SHRINKAGE = 0.01
@@ -71,6 +73,40 @@ class GaussianMixtureScorer(GaussiansScorer):
         covariances = unwhitening @ covariances.double() @ unwhitening.T
         self._set_mixture(weights, means, whiten(covariances, 0.0))
         return torch.cat([self(part) for part in rows.split(_CHUNK)]).mean()
+
+    def teach(self, embeddings: torch.Tensor) -> None:
+        """Add a few Gaussians for further normal embeddings.
+
+        Each has the covariance of the Gaussian nearest to it and of what it was made from, and such a weight that its
+        mean has the score t of a typical normal patch. Scores elsewhere rise by ``log(1 + n exp(-t))`` for n added
+        Gaussians: by nothing that counts, since t is some tens of nats for 64 dimensions.
+
+        Args:
+            embeddings (torch.Tensor): Embeddings ``[N, Z]``, one or more.
+        """
+        heights = self.log_weights + self.log_norms
+        eye = torch.eye(self.embedding_dim).to(self.whitening)
+        for members in _groups(embeddings.to(self.shifts), _TAUGHT, self.seed):
+            mean = members.mean(dim=0)
+            nearest = int(squared_distances(mean, self.whitening, self.shifts).argmin())
+            unwhitening = torch.linalg.solve_triangular(self.whitening[nearest], eye, upper=False)
+            scatter = (members - mean).T @ (members - mean) / len(members)
+            whitening = whiten((unwhitening @ unwhitening.T + scatter)[None], 0.0)
+            log_norm = whitening.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+            height = torch.logsumexp(heights, dim=0) - self.typical_score
+            self.log_weights = torch.cat([self.log_weights, height - log_norm])
+            self.log_norms = torch.cat([self.log_norms, log_norm])
+            self.shifts = torch.cat([self.shifts, (whitening[0] @ mean)[None]])
+            self.whitening = torch.cat([self.whitening, whitening])
+
+
+def _groups(rows: torch.Tensor, count: int, seed: int) -> list[torch.Tensor]:
+    """Return rows ``[N, Z]`` in at most ``count`` groups of neighbours, by k-means."""
+    builder = make_bank_builder("k_means", min(count, len(rows)), seed)
+    builder.update(rows)
+    centers = builder.build()
+    nearest = torch.cdist(rows, centers).argmin(dim=1)
+    return [rows[nearest == index] for index in nearest.unique().tolist()]
 
 
 def _fit_whitening(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

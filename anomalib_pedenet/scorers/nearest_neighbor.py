@@ -19,6 +19,8 @@ TILE_QUERIES, TILE_ROWS = 2_048, 1_000
 _CONVOLVED_IMAGES = 16
 # Elsewhere the product of a chunk of queries and the whole bank takes at most this many float32 elements (64 MiB).
 _CHUNK_ELEMENTS = 2**24
+# What is taught takes at most this part of the bank: a tenth.
+_TAUGHT_PART = 10
 # The typical score is estimated on at most this many rows of the bank.
 _TYPICAL_ROWS = 1_024
 
@@ -165,6 +167,28 @@ def _largest(products: torch.Tensor, count: int) -> torch.Tensor:
     return products.topk(min(count, products.shape[-1]), dim=-1).values
 
 
+def _least_redundant(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the positions, in order, of ``count`` rows: those without which others are farthest from the next one.
+
+    Of two rows that are nearest to each other one is kept.
+    """
+    distances, nearest = [], []
+    for start, part in zip(range(0, len(rows), _TYPICAL_ROWS), rows.split(_TYPICAL_ROWS), strict=True):
+        between = torch.cdist(part, rows)
+        between[torch.arange(len(part)), torch.arange(start, start + len(part))] = torch.inf
+        least, place = between.min(dim=1)
+        distances.append(least)
+        nearest.append(place)
+    removed: set[int] = set()
+    other = torch.cat(nearest).tolist()
+    for position in torch.cat(distances).argsort().tolist():
+        if len(removed) == len(rows) - count:
+            break
+        if other[position] not in removed:
+            removed.add(position)
+    return torch.tensor([position for position in range(len(rows)) if position not in removed], device=rows.device)
+
+
 class NearestNeighborScorer(MemoryBankScorer):
     """Euclidean distance to the nearest normal embedding, or the mean distance to the k nearest, exactly.
 
@@ -227,6 +251,23 @@ class NearestNeighborScorer(MemoryBankScorer):
         self.mean = rows.mean(dim=0)
         self.rows = append_norms(rows - self.mean)
         return self._typical_score()
+
+    def teach(self, embeddings: torch.Tensor) -> None:
+        """Put further embeddings into the bank.
+
+        The bank does not grow beyond ``bank_size``: what is added is a tenth of it at most, chosen far apart, and takes
+        the place of the rows that others are nearest to.
+
+        Args:
+            embeddings (torch.Tensor): Embeddings ``[N, Z]``, one or more.
+        """
+        limit = max(1, len(self.rows) // _TAUGHT_PART)
+        builder = make_bank_builder("k_center", limit, self.seed)
+        builder.update(embeddings.to(self.rows) - self.mean)
+        taught = builder.build()
+        room = int(self.bank_size) - len(self.rows) if self.bank_size >= 1 else 0
+        kept = self.bank[_least_redundant(self.bank, len(self.rows) - max(0, len(taught) - max(0, room)))]
+        self.rows = append_norms(torch.cat([kept, taught]))
 
     def round_to_half(self) -> None:
         """Round the bank to half precision, so that float16 keeps it, and its distances, as they are."""

@@ -1,0 +1,114 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Changes to trained checkpoints: made in one step, noted in the file itself, and taken back exactly."""
+
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.utils.serialization import anomalib_safe_globals
+
+from anomalib_pedenet.checkpoint_io import bring_up_to_date, check_checkpoint_file, written_whole
+from anomalib_pedenet.lightning_model import Pedenet
+
+EDITS = "pedenet_edits"
+"""Entry of a checkpoint: a mapping for each change after the training, the latest last, with the tensors replaced."""
+
+
+def read_checkpoint(ckpt_path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, as data only.
+
+    Args:
+        ckpt_path (str | Path): File.
+
+    Returns:
+        dict[str, Any]: Its content.
+
+    Raises:
+        ValueError: If there is no such file, or it is not a whole checkpoint of this model.
+    """
+    if not Path(ckpt_path).is_file():
+        msg = f"There is no checkpoint {ckpt_path}: pass the model.ckpt of a training."
+        raise ValueError(msg)
+    extra = Pedenet.checkpoint_safe_globals()
+    check_checkpoint_file(ckpt_path, extra_safe_globals=extra)
+    with anomalib_safe_globals(extra=extra):
+        checkpoint: dict[str, Any] = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    bring_up_to_date(checkpoint)
+    return checkpoint
+
+
+def edit_checkpoint(
+    ckpt_path: str | Path,
+    output: str | Path | None,
+    what: str,
+    details: dict[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+) -> Path:
+    """Change tensors of a checkpoint, and note the change in it, with what was there before.
+
+    Args:
+        ckpt_path (str | Path): Checkpoint.
+        output (str | Path | None): Where to save the changed one; ``None`` to put it in the place of the old, which is
+            whole at every moment.
+        what (str): Name of the change.
+        details (dict[str, Any]): What else to note: numbers, text and lists of them.
+        tensors (Mapping[str, torch.Tensor]): New tensors, by their names in the state.
+
+    Returns:
+        Path: The file that was written.
+
+    Raises:
+        ValueError: As :func:`read_checkpoint`.
+        OSError: If it cannot be written; the old one is untouched.
+    """
+    checkpoint = read_checkpoint(ckpt_path)
+    state = checkpoint["state_dict"]
+    new = {name: value.detach().cpu() for name, value in tensors.items() if not _are_equal(state[name], value)}
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    edit = {"what": what, "when": now, **details, "before": {name: state[name] for name in new}}
+    checkpoint[EDITS] = [*checkpoint.get(EDITS, []), edit]
+    state.update(new)
+    return _write(checkpoint, output or ckpt_path)
+
+
+def undo_edit(ckpt_path: str | Path, output: str | Path | None = None) -> dict[str, Any]:
+    """Take the latest change of a checkpoint back: every tensor is as before.
+
+    Args:
+        ckpt_path (str | Path): Checkpoint.
+        output (str | Path | None): Where to save it; ``None`` for the same file.
+
+    Returns:
+        dict[str, Any]: What was noted of the change.
+
+    Raises:
+        ValueError: If there is no change to take back, or as :func:`read_checkpoint`.
+        OSError: If it cannot be written; the old one is untouched.
+    """
+    checkpoint = read_checkpoint(ckpt_path)
+    edits = checkpoint.pop(EDITS, [])
+    if not edits:
+        msg = f"{ckpt_path} was not changed after its training: there is nothing to undo."
+        raise ValueError(msg)
+    *earlier, latest = edits
+    checkpoint["state_dict"].update(latest.pop("before"))
+    if earlier:
+        checkpoint[EDITS] = earlier
+    _write(checkpoint, output or ckpt_path)
+    return latest
+
+
+def _are_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second.to(first))
+
+
+def _write(checkpoint: dict[str, Any], path: str | Path) -> Path:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(target) as file:
+        torch.save(checkpoint, file)
+    return target

@@ -1,0 +1,318 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What comes after a training: inspection as anomalib's, explanations as a search of all patches, and undone edits."""
+
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from PIL import Image
+
+from anomalib_pedenet import Pedenet
+from anomalib_pedenet.aftercare import Inspector, calibrate_checkpoint, teach_checkpoint, undo_edit
+from anomalib_pedenet.aftercare.command import main
+from anomalib_pedenet.aftercare.edits import EDITS, read_checkpoint
+from anomalib_pedenet.aftercare.held_out import score_held_out
+from anomalib_pedenet.aftercare.teaching import LostDefectError
+
+DOCUMENT = Path(__file__).parents[2] / "docs/after_training.md"
+SCORERS = ["exact", "gaussian_mixture"]
+
+
+@pytest.fixture(scope="module")
+def trainings(dataset_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Engine, Path]]:
+    """A short training with each scorer that can be taught."""
+    trainings = {}
+    for scorer in SCORERS:
+        datamodule = MVTecAD(root=dataset_root, category="stripes", train_batch_size=3, num_workers=0)
+        model = Pedenet(
+            image_size=(144, 160),
+            max_steps=6,
+            steps_per_image=1,
+            crops_per_step=1,
+            bank_size=300,
+            scorer=scorer,
+            train_precision="float32",
+        )
+        engine = Engine(default_root_dir=tmp_path_factory.mktemp("results"), enable_progress_bar=False)
+        engine.fit(model, datamodule=datamodule)
+        trainings[scorer] = engine, Path(engine.best_model_path)
+    return trainings
+
+
+@pytest.fixture(params=SCORERS)
+def trained(request: pytest.FixtureRequest, trainings: dict[str, tuple[Engine, Path]]) -> tuple[Engine, Path]:
+    return trainings[request.param]
+
+
+@pytest.fixture
+def checkpoint(trained: tuple[Engine, Path], tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copy(trained[1], tmp_path / "model.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def stripes(dataset_root: Path) -> Path:
+    return dataset_root / "stripes"
+
+
+def state(path: Path) -> dict[str, torch.Tensor]:
+    return read_checkpoint(path)["state_dict"]
+
+
+def assert_equal_states(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=0, rtol=0, equal_nan=True)
+
+
+def test_an_inspection_is_what_anomalib_predicts(trained: tuple[Engine, Path], stripes: Path) -> None:
+    engine, path = trained
+    expected = {
+        Path(batch.image_path[index]).name: (batch.pred_score[index], batch.anomaly_map[index])
+        for batch in engine.predict(model=Pedenet(), data_path=stripes / "test/square", ckpt_path=path)
+        for index in range(len(batch.image))
+    }
+    found = list(Inspector(path).inspect(stripes / "test/square"))
+    assert [one.path.name for one in found] == sorted(expected)
+    for one in found:
+        score, anomaly_map = expected[one.path.name]
+        assert one.score == pytest.approx(float(score), abs=1e-6)
+        np.testing.assert_allclose(one.anomaly_map, anomaly_map.squeeze().numpy(), atol=1e-6)
+        assert one.image.shape == (*one.anomaly_map.shape, 3)
+        assert one.image[60, 70].tolist() == [240, 240, 240]  # the square, in its place
+
+
+def test_an_explanation_is_what_a_search_of_all_patches_finds(trained: tuple[Engine, Path], stripes: Path) -> None:
+    inspector = Inspector(trained[1])
+    model = inspector.model.model
+    (found,) = inspector.inspect(
+        stripes / "test/square/000.png", normal_patches=inspector.normal_patches(stripes / "train/good")
+    )
+    explanation = found.explanation
+    assert explanation is not None
+    top, left, size, _ = explanation.box
+    assert top < 80
+    assert top + size > 40  # the square's rows, and its columns
+    assert left < 90
+    assert left + size > 50
+    with torch.no_grad():
+        patches = dict(model.patch_scores(inspector.prepared(stripes / "test/square/000.png")[0]))[size]
+        query = patches.embeddings[0, top // model.stride, left // model.stride]
+        distances = {}
+        for file in sorted((stripes / "train/good").iterdir()):
+            grid = dict(model.patch_scores(inspector.prepared(file)[0]))[size].embeddings[0]
+            for row in range(grid.shape[0]):
+                for column in range(grid.shape[1]):
+                    place = (file.name, row * model.stride, column * model.stride)
+                    distances[place] = float((grid[row, column] - query).norm())
+    normal = (explanation.normal_path.name, explanation.normal_box.top, explanation.normal_box.left)
+    assert distances[normal] == pytest.approx(min(distances.values()), rel=1e-3)  # patches are kept in half precision
+    assert explanation.distance > 2  # in units of that between normal images
+
+
+def test_a_training_image_is_scored_by_what_is_fitted_on_the_others(
+    trained: tuple[Engine, Path], stripes: Path
+) -> None:
+    inspector = Inspector(trained[1])
+    images = inspector.prepared(stripes / "train/good")
+    before = {name: value.clone() for name, value in inspector.model.state_dict().items()}
+    scores = {index: float(found.pred_score) for index, found in score_held_out(inspector.model.model, images, 8)}
+    assert_equal_states(before, inspector.model.state_dict())
+    assert sorted(scores) == list(range(6))
+    # The second of four parts: images 1 and 5.
+    with torch.no_grad():
+        inspector.model.model.fit([images[index] for index in (0, 2, 3, 4)], stride=8)
+        assert [scores[index] for index in (1, 5)] == [
+            pytest.approx(float(inspector.model.model(images[index]).pred_score), abs=1e-6) for index in (1, 5)
+        ]
+
+
+def test_a_defect_among_the_training_images_comes_first(
+    trained: tuple[Engine, Path], stripes: Path, tmp_path: Path
+) -> None:
+    for file in (stripes / "train/good").iterdir():
+        shutil.copy(file, tmp_path)
+    shutil.copy(stripes / "test/square/000.png", tmp_path / "dirty.png")
+    found = Inspector(trained[1]).inspect_training_images(tmp_path)
+    ranked = sorted(found, key=lambda one: one.score, reverse=True)
+    assert ranked[0].path.name == "dirty.png"
+    assert ranked[0].score > ranked[1].score + 0.1
+
+
+def test_calibration_sets_both_thresholds_and_is_undone(checkpoint: Path, stripes: Path, tmp_path: Path) -> None:
+    original = state(checkpoint)
+    good, other = stripes / "train/good", stripes / "test/good"
+    output = tmp_path / "new" / "calibrated.ckpt"
+    done = calibrate_checkpoint(checkpoint, 0.1, training_images=[good], good_images=[other], output=output)
+    assert done.ckpt_path == output
+    assert done.chosen.num_images == 9
+    assert done.flagged_now == 0
+    assert_equal_states(original, state(checkpoint))
+    changed = state(output)
+    differing = {name for name, value in original.items() if not torch.equal(changed[name], value)}
+    assert differing == {"post_processor._image_threshold", "post_processor._pixel_threshold"}
+    # The highest of all is at the threshold, which is not above it.
+    inspector = Inspector(output)
+    scores = [one.score for one in [*inspector.inspect_training_images(good), *inspector.inspect(other)]]
+    assert max(scores) == pytest.approx(0.5, abs=1e-5)
+    assert undo_edit(output)["what"] == "calibrate"
+    assert_equal_states(original, state(output))
+
+
+def test_what_is_taught_is_passed_and_undone(checkpoint: Path, stripes: Path) -> None:
+    original = state(checkpoint)
+    square = stripes / "test/square"
+    calibrate_checkpoint(checkpoint, 0.1, [stripes / "train/good"], [stripes / "test/good"])
+    calibrated = state(checkpoint)
+    lessons, written = teach_checkpoint(checkpoint, [square / "000.png"], known_good=[stripes / "test/good"])
+    assert written == checkpoint
+    taught, *others = lessons
+    assert taught.before > 0.5 > taught.after
+    assert all(lesson.after == pytest.approx(lesson.before, abs=0.02) for lesson in others)
+    found = {one.path: one.score for one in Inspector(checkpoint).inspect(stripes / "test")}
+    assert {lesson.path: found[lesson.path] for lesson in lessons} == {
+        lesson.path: pytest.approx(lesson.after, abs=1e-6) for lesson in lessons
+    }
+    with pytest.raises(ValueError, match=r"000.png was taught to .* already: leave it out, or undo that first"):
+        teach_checkpoint(checkpoint, [square / "000.png"])
+    assert [edit["what"] for edit in read_checkpoint(checkpoint)[EDITS]] == ["calibrate", "teach"]
+    undo_edit(checkpoint)
+    assert_equal_states(calibrated, state(checkpoint))
+    undo_edit(checkpoint)
+    assert_equal_states(original, state(checkpoint))
+    with pytest.raises(ValueError, match="nothing to undo"):
+        undo_edit(checkpoint)
+
+
+def test_a_known_defect_is_not_lost(checkpoint: Path, stripes: Path, tmp_path: Path) -> None:
+    original = state(checkpoint)
+    square = stripes / "test/square/000.png"
+    shutil.copy(square, tmp_path / "defect.png")
+    with pytest.raises(LostDefectError, match=r"1 known defect\(s\) would no longer be flagged, .*defect.png") as error:
+        teach_checkpoint(checkpoint, [square], known_defects=[tmp_path / "defect.png"])
+    assert [lesson.role for lesson in error.value.lessons] == ["taught", "defective"]
+    assert_equal_states(original, state(checkpoint))
+    lessons, _ = teach_checkpoint(checkpoint, [square], known_defects=[tmp_path / "defect.png"], force=True)
+    assert lessons[1].is_lost
+
+
+def test_an_export_after_a_lesson_has_learned_it(checkpoint: Path, stripes: Path, tmp_path: Path) -> None:
+    from anomalib.deploy import ExportType, OpenVINOInferencer
+
+    lessons, _ = teach_checkpoint(checkpoint, [stripes / "test/square/000.png"])
+    exported = Engine().export(Pedenet(), ExportType.OPENVINO, export_root=tmp_path, ckpt_path=checkpoint)
+    prediction = OpenVINOInferencer(exported, config={"INFERENCE_PRECISION_HINT": "f32"}).predict(
+        stripes / "test/square/000.png"
+    )
+    assert float(np.squeeze(prediction.pred_score)) == pytest.approx(lessons[0].after, abs=1e-3)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["anomalib-pedenet", *map(str, arguments)])
+    main()
+
+
+def test_the_week_of_the_documentation(
+    checkpoint: Path, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command of the page in its order, then its Python."""
+    parts = Path(shutil.copytree(stripes, tmp_path / "parts"))
+    (parts / "test/square").rename(parts / "test/defect")
+    for folder in ("new_parts", "false_alarms"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(parts / "test/defect/000.png", tmp_path / "new_parts")
+    marked = np.array(Image.open(parts / "test/good/000.png"))
+    marked[20:50, 100:130] = 0
+    Image.fromarray(marked).save(tmp_path / "false_alarms/mark.png")
+    monkeypatch.chdir(tmp_path)
+    original = state(checkpoint)
+    text = DOCUMENT.read_text(encoding="utf-8")
+    commands = [shlex.split(line)[1:] for line in re.findall(r"^anomalib-pedenet .*", text, re.M)]
+    assert [command[0] for command in commands] == ["report", "report", "explain", "calibrate", "teach", "undo"]
+    printed = []
+    for command in commands:
+        run(monkeypatch, *command)
+        printed.append(capsys.readouterr().out)
+    assert str(tmp_path / "report.html") in printed[0].splitlines()[-1]
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert printed[2].count(".png") == 6
+    assert "Of 6 good images" in printed[3]
+    assert "Of 1 image(s) taught, 1 were flagged before, 0 are now." in printed[4]
+    assert "Of 3 image(s) defective, 3 were flagged before, 3 are now." in printed[4]
+    assert "Taken back: teach" in printed[5]
+    (python,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    exec(python, {})
+    assert "new_parts/000.png" in capsys.readouterr().out
+    for what in ("calibrate", "calibrate"):
+        assert undo_edit(checkpoint)["what"] == what
+    assert_equal_states(original, state(checkpoint))
+
+
+BAD: dict[str, tuple[Callable[[Path, Path], list[Any]], str]] = {
+    "no checkpoint": (lambda _, data: ["report", "--ckpt_path", "x.ckpt", "--images", data], "no checkpoint x.ckpt"),
+    "nothing to inspect": (lambda ckpt, _: ["report", "--ckpt_path", ckpt], "give folders with --images"),
+    "no folder": (lambda ckpt, _: ["report", "--ckpt_path", ckpt, "--images", "nowhere"], "no file or folder nowhere"),
+    "no images": (
+        lambda ckpt, data: ["explain", "--ckpt_path", ckpt, "--training_images", data / "empty"],
+        "no image in .*empty: files must end with",
+    ),
+    "too few": (
+        lambda ckpt, data: ["calibrate", "--ckpt_path", ckpt, "--good_images", data / "good"],
+        r"With 3 good image\(s\) no rate below 1 in 4",
+    ),
+    "no good images": (lambda ckpt, _: ["calibrate", "--ckpt_path", ckpt], "give training_images, good_images"),
+    "the same images": (
+        lambda ckpt, data: [
+            "calibrate", "--ckpt_path", ckpt, "--good_images", data / "good", "--training_images", data / "good"
+        ],
+        r"3 image\(s\) are given as training image and as another",
+    ),
+    "not flagged": (
+        lambda ckpt, data: ["teach", "--ckpt_path", ckpt, "--good_images", data / "good"],
+        r"None of the 3 good image\(s\) is flagged",
+    ),
+    "not an image": (
+        lambda ckpt, data: ["report", "--ckpt_path", ckpt, "--images", data / "broken.png"],
+        "Cannot read .*broken.png",
+    ),
+    "twice": (
+        lambda ckpt, data: ["teach", "--ckpt_path", ckpt, "--good_images", data / "twice"],
+        "is given twice, under another name",
+    ),
+    "nothing to undo": (lambda ckpt, _: ["undo", "--ckpt_path", ckpt], "nothing to undo"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_a_sentence(
+    case: str,
+    trainings: dict[str, tuple[Engine, Path]],
+    stripes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint = Path(shutil.copy(trainings["exact"][1], tmp_path / "model.ckpt"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    shutil.copytree(stripes / "test/good", tmp_path / "good")
+    (tmp_path / "twice").mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copy(stripes / "test/square/000.png", tmp_path / "twice" / name)
+    monkeypatch.chdir(tmp_path)
+    arguments, message = BAD[case]
+    content = checkpoint.read_bytes()
+    with pytest.raises(SystemExit) as refusal:
+        run(monkeypatch, *arguments(checkpoint, tmp_path))
+    assert re.search(message, str(refusal.value.code))
+    assert checkpoint.read_bytes() == content
