@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jsonargparse
+import numpy as np
 
 from anomalib_pedenet.aftercare.calibration import calibrate_checkpoint
+from anomalib_pedenet.aftercare.drift import draw_drift, find_drift
 from anomalib_pedenet.aftercare.edits import undo_edit
 from anomalib_pedenet.aftercare.inspection import THRESHOLD
 from anomalib_pedenet.aftercare.inspector import Inspector
@@ -114,6 +116,39 @@ def explain(
     print(f"Open this page in a browser: {written.resolve()}")
 
 
+def drift(
+    ckpt_path: str,
+    training_images: str | list[str],
+    images: str | list[str],
+    output: str = "drift.png",
+    device: str = "cpu",
+) -> None:
+    """Say whether images are still of the kind that the model was trained on: light, colours, place, kinds of patches.
+
+    Some defects among the images do not matter. The command ends with status 1 if the images have changed.
+
+    Args:
+        ckpt_path: Checkpoint of a training.
+        training_images: Folders with the images that the model was trained on.
+        images: Folders with the images to look at, five or more; from twenty on small changes are seen as well.
+        output: Picture of the evidence to write.
+        device: cpu or cuda.
+    """
+    inspector = Inspector(ckpt_path, device)
+    known, new = inspector.prepared(training_images), inspector.prepared(images)
+    found = find_drift(inspector.model.model, known, new)
+    draw_drift(found, Path(output))
+    moved = [one for one in found if one.has_moved]
+    for one in moved:
+        before, now = (float(np.median(values)) for values in (one.before, one.now))
+        print(f"  {one.name}: {before:.3f} in training, {now:.3f} now")
+    print(f"Evidence: {Path(output).resolve()}")
+    if moved:
+        print(f"The images have CHANGED: {len(moved)} of {len(found)} measures moved by more than chance explains.")
+        sys.exit(1)
+    print(f"No change was found in {len(new)} images.")
+
+
 def teach(
     ckpt_path: str,
     good_images: str | list[str],
@@ -176,7 +211,7 @@ def undo(ckpt_path: str, output: str | None = None) -> None:
 def main() -> None:
     """Run the command."""
     try:
-        jsonargparse.CLI([report, explain, calibrate, teach, undo], prog="anomalib-pedenet", as_positional=False)
+        jsonargparse.CLI([report, explain, calibrate, teach, undo, drift], prog="anomalib-pedenet", as_positional=False)
     except (NotImplementedError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"anomalib-pedenet: {error}")
 

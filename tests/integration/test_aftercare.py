@@ -21,9 +21,11 @@ from PIL import Image
 from anomalib_pedenet import Pedenet
 from anomalib_pedenet.aftercare import Inspector, calibrate_checkpoint, teach_checkpoint, undo_edit
 from anomalib_pedenet.aftercare.command import main
+from anomalib_pedenet.aftercare.drift import draw_drift, find_drift
 from anomalib_pedenet.aftercare.edits import EDITS, read_checkpoint
 from anomalib_pedenet.aftercare.held_out import score_held_out
 from anomalib_pedenet.aftercare.teaching import LostDefectError
+from tests.integration.conftest import write_dataset
 
 DOCUMENT = Path(__file__).parents[2] / "docs/after_training.md"
 SCORERS = ["exact", "gaussian_mixture"]
@@ -231,6 +233,9 @@ def test_the_week_of_the_documentation(
     (parts / "test/square").rename(parts / "test/defect")
     for folder in ("new_parts", "false_alarms"):
         (tmp_path / folder).mkdir()
+    for index in range(6, 12):  # as many as it takes to see a change
+        shutil.copy(parts / f"train/good/{index - 6:03}.png", parts / f"train/good/{index:03}.png")
+    shutil.copytree(parts / "train/good", tmp_path / "today")
     shutil.copy(parts / "test/defect/000.png", tmp_path / "new_parts")
     marked = np.array(Image.open(parts / "test/good/000.png"))
     marked[20:50, 100:130] = 0
@@ -239,24 +244,95 @@ def test_the_week_of_the_documentation(
     original = state(checkpoint)
     text = DOCUMENT.read_text(encoding="utf-8")
     commands = [shlex.split(line)[1:] for line in re.findall(r"^anomalib-pedenet .*", text, re.M)]
-    assert [command[0] for command in commands] == ["report", "report", "explain", "calibrate", "teach", "undo"]
+    assert [command[0] for command in commands] == [
+        "report",
+        "report",
+        "explain",
+        "calibrate",
+        "teach",
+        "undo",
+        "drift",
+    ]
     printed = []
     for command in commands:
         run(monkeypatch, *command)
         printed.append(capsys.readouterr().out)
     assert str(tmp_path / "report.html") in printed[0].splitlines()[-1]
     assert (tmp_path / "report.html").stat().st_size > 10_000
-    assert printed[2].count(".png") == 6
-    assert "Of 6 good images" in printed[3]
+    assert printed[2].count(".png") == 10
+    assert "Of 12 good images" in printed[3]
     assert "Of 1 image(s) taught, 1 were flagged before, 0 are now." in printed[4]
     assert "Of 3 image(s) defective, 3 were flagged before, 3 are now." in printed[4]
     assert "Taken back: teach" in printed[5]
+    assert "No change was found in 12 images." in printed[6]
     (python,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     exec(python, {})
     assert "new_parts/000.png" in capsys.readouterr().out
     for what in ("calibrate", "calibrate"):
         assert undo_edit(checkpoint)["what"] == what
     assert_equal_states(original, state(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def many_stripes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Forty more training images, of no particular place."""
+    root = write_dataset(tmp_path_factory.mktemp("many"), num_train=40)
+    return sorted((root / "stripes/train/good").iterdir())
+
+
+def with_change(files: list[Path], folder: Path, change: Callable[[np.ndarray, int], np.ndarray]) -> Path:
+    """Write changed copies of images."""
+    folder.mkdir()
+    for index, file in enumerate(files):
+        pixels = change(np.array(Image.open(file)).astype(float), index)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / file.name)
+    return folder
+
+
+def some_defects(pixels: np.ndarray, index: int) -> np.ndarray:
+    if index < 2:
+        pixels[40:80, 50:90] = 240
+    return pixels
+
+
+CHANGES: dict[str, tuple[Callable[[np.ndarray, int], np.ndarray], str | None]] = {
+    "nothing": (lambda pixels, _: pixels, None),
+    "two defects among twelve": (some_defects, None),
+    "light": (lambda pixels, _: 0.9 * pixels, "brightness"),
+    "colour": (lambda pixels, _: pixels * np.array([1.0, 0.93, 1.0]), "red against green"),
+    "focus": (lambda pixels, _: (pixels + np.roll(pixels, 1, 0) + np.roll(pixels, 1, 1)) / 3, "sharpness"),
+    "another material": (lambda pixels, _: pixels.transpose(1, 0, 2)[:144], "share of patches of kind"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_drift_is_told_from_chance(
+    case: str, trainings: dict[str, tuple[Engine, Path]], many_stripes: list[Path], tmp_path: Path
+) -> None:
+    change, expected = CHANGES[case]
+    inspector = Inspector(trainings["exact"][1])
+    images = inspector.prepared(with_change(many_stripes[28:], tmp_path / "new", change))
+    found = find_drift(inspector.model.model, inspector.prepared(many_stripes[:28]), images)
+    moved = [one.name for one in found if one.has_moved]
+    assert any(expected in name for name in moved) if expected else not moved
+    draw_drift(found, tmp_path / "drift.png")
+    assert Image.open(tmp_path / "drift.png").size == (1200, 900)
+
+
+def test_a_shifted_part_has_drifted(trainings: dict[str, tuple[Engine, Path]], tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    (tmp_path / "parts").mkdir()
+    for index in range(32):
+        pixels = generator.normal(60, 5, (144, 160, 3))
+        pixels[50:90, 60:110] += 120
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / f"parts/{index:02}.png")
+    files = sorted((tmp_path / "parts").iterdir())
+    inspector = Inspector(trainings["exact"][1])
+    shifted = with_change(files[24:], tmp_path / "shifted", lambda pixels, _: np.roll(pixels, 2, axis=1))
+    found = find_drift(inspector.model.model, inspector.prepared(files[:24]), inspector.prepared(shifted))
+    (place,) = [one for one in found if one.name == "place, right (px)"]
+    assert place.has_moved
+    assert np.median(place.now) - np.median(place.before) == pytest.approx(2, abs=0.15)
 
 
 BAD: dict[str, tuple[Callable[[Path, Path], list[Any]], str]] = {
@@ -289,6 +365,12 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[Any]], str]] = {
     "twice": (
         lambda ckpt, data: ["teach", "--ckpt_path", ckpt, "--good_images", data / "twice"],
         "is given twice, under another name",
+    ),
+    "too few to compare": (
+        lambda ckpt, data: [
+            "drift", "--ckpt_path", ckpt, "--training_images", data / "good", "--images", data / "good"
+        ],
+        "takes 10 training images or more, got 3",
     ),
     "nothing to undo": (lambda ckpt, _: ["undo", "--ckpt_path", ckpt], "nothing to undo"),
 }  # fmt: skip
