@@ -42,7 +42,7 @@ def trainings(dataset_root: Path, tmp_path_factory: pytest.TempPathFactory) -> d
             max_steps=6,
             steps_per_image=1,
             crops_per_step=1,
-            bank_size=300,
+            bank_size=1_000,
             scorer=scorer,
             train_precision="float32",
         )
@@ -181,7 +181,7 @@ def test_what_is_taught_is_passed_and_undone(checkpoint: Path, stripes: Path) ->
     assert written == checkpoint
     taught, *others = lessons
     assert taught.before > 0.5 > taught.after
-    assert all(lesson.after == pytest.approx(lesson.before, abs=0.02) for lesson in others)
+    assert all(lesson.after < lesson.before + 0.02 for lesson in others)
     found = {one.path: one.score for one in Inspector(checkpoint).inspect(stripes / "test")}
     assert {lesson.path: found[lesson.path] for lesson in lessons} == {
         lesson.path: pytest.approx(lesson.after, abs=1e-6) for lesson in lessons
@@ -226,15 +226,14 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
 
 def test_the_week_of_the_documentation(
-    checkpoint: Path, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every command of the page in its order, then its Python."""
-    parts = Path(shutil.copytree(stripes, tmp_path / "parts"))
+    # More training images than the model has seen, so that a change could be told.
+    parts = (write_dataset(tmp_path, num_train=12) / "stripes").rename(tmp_path / "parts")
     (parts / "test/square").rename(parts / "test/defect")
     for folder in ("new_parts", "false_alarms"):
         (tmp_path / folder).mkdir()
-    for index in range(6, 12):  # as many as it takes to see a change
-        shutil.copy(parts / f"train/good/{index - 6:03}.png", parts / f"train/good/{index:03}.png")
     shutil.copytree(parts / "train/good", tmp_path / "today")
     shutil.copy(parts / "test/defect/000.png", tmp_path / "new_parts")
     marked = np.array(Image.open(parts / "test/good/000.png"))
