@@ -109,6 +109,7 @@ _FITTED = (
     "model.scorers.",
     "model.position_encodings.",
     "model.projections.",
+    "model.place_calibration.",
     _CHOSEN,
     "model.map_",
     "model.typical_score",
