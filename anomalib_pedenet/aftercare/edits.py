@@ -9,13 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.utils.serialization import anomalib_safe_globals
 
-from anomalib_pedenet.checkpoint_io import bring_up_to_date, check_checkpoint_file, written_whole
+from anomalib_pedenet.checkpoint_io import CheckedCheckpointIO, bring_up_to_date
 from anomalib_pedenet.lightning_model import Pedenet
 
 EDITS = "pedenet_edits"
 """Entry of a checkpoint: a mapping for each change after the training, the latest last, with the tensors replaced."""
+
+
+def check_exists(ckpt_path: str | Path) -> None:
+    """Check that there is a checkpoint.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+    if not Path(ckpt_path).is_file():
+        msg = f"There is no checkpoint {ckpt_path}: pass the model.ckpt of a training."
+        raise ValueError(msg)
+
+
+def _files() -> CheckedCheckpointIO:
+    """Return what reads and writes checkpoints of this model."""
+    return CheckedCheckpointIO(Pedenet.checkpoint_safe_globals())
 
 
 def read_checkpoint(ckpt_path: str | Path) -> dict[str, Any]:
@@ -30,13 +45,8 @@ def read_checkpoint(ckpt_path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: If there is no such file, or it is not a whole checkpoint of this model.
     """
-    if not Path(ckpt_path).is_file():
-        msg = f"There is no checkpoint {ckpt_path}: pass the model.ckpt of a training."
-        raise ValueError(msg)
-    extra = Pedenet.checkpoint_safe_globals()
-    check_checkpoint_file(ckpt_path, extra_safe_globals=extra)
-    with anomalib_safe_globals(extra=extra):
-        checkpoint: dict[str, Any] = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    check_exists(ckpt_path)
+    checkpoint = _files().load_checkpoint(ckpt_path, map_location="cpu")
     bring_up_to_date(checkpoint)
     return checkpoint
 
@@ -72,7 +82,9 @@ def edit_checkpoint(
     edit = {"what": what, "when": now, **details, "before": {name: state[name] for name in new}}
     checkpoint[EDITS] = [*checkpoint.get(EDITS, []), edit]
     state.update(new)
-    return _write(checkpoint, output or ckpt_path)
+    target = Path(output or ckpt_path)
+    _files().save_checkpoint(checkpoint, target)
+    return target
 
 
 def undo_edit(ckpt_path: str | Path, output: str | Path | None = None) -> dict[str, Any]:
@@ -98,17 +110,9 @@ def undo_edit(ckpt_path: str | Path, output: str | Path | None = None) -> dict[s
     checkpoint["state_dict"].update(latest.pop("before"))
     if earlier:
         checkpoint[EDITS] = earlier
-    _write(checkpoint, output or ckpt_path)
+    _files().save_checkpoint(checkpoint, output or ckpt_path)
     return latest
 
 
 def _are_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
     return first.shape == second.shape and torch.equal(first, second.to(first))
-
-
-def _write(checkpoint: dict[str, Any], path: str | Path) -> Path:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(target) as file:
-        torch.save(checkpoint, file)
-    return target

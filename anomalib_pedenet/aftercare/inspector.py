@@ -11,6 +11,7 @@ import torch
 from anomalib.data import InferenceBatch
 from tqdm import tqdm
 
+from anomalib_pedenet.aftercare.edits import check_exists
 from anomalib_pedenet.aftercare.explanation import NormalPatches
 from anomalib_pedenet.aftercare.held_out import score_held_out
 from anomalib_pedenet.aftercare.images import ImageSource, PreparedImages, as_seen, image_files
@@ -35,9 +36,7 @@ class Inspector:
     """
 
     def __init__(self, ckpt_path: str | Path, device: str = "cpu") -> None:
-        if not Path(ckpt_path).is_file():
-            msg = f"There is no checkpoint {ckpt_path}: pass the model.ckpt of a training."
-            raise ValueError(msg)
+        check_exists(ckpt_path)
         self.model = Pedenet.load_from_checkpoint(ckpt_path, map_location=device).to(device).eval()
         self.model.model.check_is_fitted()
 
@@ -48,6 +47,11 @@ class Inspector:
     def normal_patches(self, source: ImageSource) -> NormalPatches:
         """Return the patches of normal images, to explain others by."""
         return NormalPatches(self.model.model, self.prepared(source))
+
+    def normalize(self, predictions: InferenceBatch) -> InferenceBatch:
+        """Return predictions of :class:`PedenetModel` as they are given out, with the threshold at 0.5."""
+        processor = self.model.post_processor
+        return predictions if processor is None else processor(predictions)
 
     @torch.no_grad()
     def inspect(
@@ -106,8 +110,7 @@ class Inspector:
         normal_patches: NormalPatches | None,
     ) -> Inspection:
         """Return what was found on an image, by the scores that the model gives it before normalisation."""
-        if self.model.post_processor is not None:
-            predictions = self.model.post_processor(predictions)
+        predictions = self.normalize(predictions)
         file = images.files[index]
         anomaly_map = predictions.anomaly_map[0, 0].float().cpu().numpy()
         found = Inspection(

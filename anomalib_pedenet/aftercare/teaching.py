@@ -141,9 +141,7 @@ def teach_checkpoint(
 
 def _score(inspector: Inspector, image: torch.Tensor) -> float:
     """Return the normalised score of a pre-processed image."""
-    predictions = inspector.model.model(image)
-    processor = inspector.model.post_processor
-    return float((predictions if processor is None else processor(predictions)).pred_score)
+    return float(inspector.normalize(inspector.model.model(image)).pred_score)
 
 
 def _check_are_new(ckpt_path: str | Path, files: Sequence[Path], digests: Sequence[str]) -> None:
