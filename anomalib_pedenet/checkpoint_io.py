@@ -109,7 +109,7 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
     """Bring a checkpoint of an earlier version up to date.
 
     The first had scores without a limit, so that thresholds are brought into 0..1. Later ones did not keep what was
-    learned at each scale, always had the product of the scales' maps, and did not measure places by themselves.
+    learned at each scale, and always had the product of the scales' maps. Some measured places by themselves.
 
     Args:
         checkpoint (dict[str, Any]): Loaded checkpoint, which is changed.
@@ -122,9 +122,8 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
         state[LEARNED] = torch.full((trained,), torch.nan)
         state |= {"model.map_offsets": torch.zeros(scales), "model.map_spreads": torch.ones(scales)}
         state["model.typical_score"] = torch.ones(())
-    if CHOSEN in state:
-        state.setdefault("model.place_calibration.gain", torch.ones(1, 1, 1, 1))
-        state.setdefault("model.place_calibration.offset", torch.zeros(1, 1, 1, 1))
+    for name in ("model.place_calibration.gain", "model.place_calibration.offset"):
+        state.pop(name, None)
     if LIMIT in state:
         return
     state[LIMIT] = torch.ones(())

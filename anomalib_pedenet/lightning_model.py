@@ -109,7 +109,6 @@ _FITTED = (
     "model.scorers.",
     "model.position_encodings.",
     "model.projections.",
-    "model.place_calibration.",
     _CHOSEN,
     "model.map_",
     "model.typical_score",

@@ -26,7 +26,6 @@ from anomalib_pedenet.networks import (
     PatchEmbeddingNetwork,
 )
 from anomalib_pedenet.patches import BASE_STRIDE, MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE, grid_size
-from anomalib_pedenet.place_calibration import PlaceCalibration
 from anomalib_pedenet.position import PositionEncoding, choose_weight
 from anomalib_pedenet.projection import PrincipalProjection
 from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
@@ -193,7 +192,6 @@ class PedenetModel(nn.Module):
         self.set_scorer(scorer)
         weight = 0.0 if position_weight == "auto" else position_weight
         self.position_encodings = nn.ModuleDict({str(size): PositionEncoding(weight) for size in self.scored_sizes})
-        self.place_calibration = PlaceCalibration()
 
     def set_scorer(self, scorer: str | Mapping[str, Any]) -> None:
         """Take another scorer, not fitted, at every scale.
@@ -426,7 +424,7 @@ class PedenetModel(nn.Module):
 
     @torch.no_grad()
     def fit_normal_limit(self, images: torch.Tensor) -> None:
-        """Take what normal images score: at each scale, for the soft maximum; at each place; and the highest.
+        """Take what normal images score: at each scale, for the soft maximum, and the highest, for the limit.
 
         Scores are to be 0.5 at the limit of what is normal. Call it after :meth:`fit`.
 
@@ -436,9 +434,6 @@ class PedenetModel(nn.Module):
         scored = [self._score_scales(self._tile(image)) for image in images.split(1)]
         if self._is_soft_maximum:
             self._fit_soft_maximum([maps for maps, _ in scored])
-        self.place_calibration.reset()
-        if self._compares_places:
-            self.place_calibration.fit([self._join_scales(maps) for maps, _ in scored])
         limit = torch.cat([self._join(maps, weights, images.shape[-2:])[1] for maps, weights in scored]).max()
         # All patches of few images are in the bank, at a distance of 0 that says nothing of other images.
         self.normal_limit = limit.clamp(min=1)
@@ -454,7 +449,7 @@ class PedenetModel(nn.Module):
             # Few images may be alike in their highest score, by chance or because they are the same.
             self.map_spreads[index] = spread.clamp(min=_LEAST_SPREAD * pixels.std()).clamp(min=1e-6)
         self.typical_score.fill_(1)
-        typical = torch.stack([self._join_scales(scales).mean() for scales in maps]).mean()
+        typical = torch.stack([self.combine(scales).mean() for scales in maps]).mean()
         self.typical_score = typical.clamp(min=1e-6)
 
     @torch.no_grad()
@@ -583,18 +578,6 @@ class PedenetModel(nn.Module):
         return maps, weights
 
     def combine(self, maps: list[torch.Tensor]) -> torch.Tensor:
-        """Join the maps of the scales that count.
-
-        Args:
-            maps (list[torch.Tensor]): Map of each scale that counts, ``[B, 1, H, W]``.
-
-        Returns:
-            torch.Tensor: One map of the same shape, in units of what a normal patch typically scores, where parts are
-                aligned at its place.
-        """
-        return self.place_calibration(self._join_scales(maps))
-
-    def _join_scales(self, maps: list[torch.Tensor]) -> torch.Tensor:
         """Return one map, in units of a normal patch's typical score, of those of the scales that count."""
         if self._is_soft_maximum:
             return soft_maximum(maps, *self._soft_maximum_state()) / self.typical_score
@@ -606,12 +589,6 @@ class PedenetModel(nn.Module):
         shares = self.scale_shares
         used = [self.scored_sizes.index(size) for size in shares]
         return self.map_offsets[used], self.map_spreads[used], list(shares.values())
-
-    @property
-    def _compares_places(self) -> bool:
-        """Whether patches are compared with normal ones of their place, as where parts are aligned."""
-        encodes = any(scorer.encodes_position for scorer in self.scorers.values())
-        return encodes and any(float(self.position_encodings[str(size)].weight) > 0 for size in self.scale_shares)
 
     @property
     def _goes_by_place(self) -> bool:

@@ -172,38 +172,22 @@ def tiled() -> Pedenet:
     return model
 
 
-@pytest.fixture
-def place_by_place() -> Pedenet:
-    """A model of aligned parts, whose map is measured place by place."""
-    model = Pedenet(image_size=(144, 160), position_weight=8.0, bank_size=50, scorer="exact").eval()
-    normal = torch.rand(1, 3, 144, 160) + 0.3 * torch.rand(16, 3, 144, 160)
-    model.model.calibrate(normal)
-    model.model.fit([normal])
-    model.model.fit_normal_limit(normal)
-    assert model.model.place_calibration.gain.shape == (1, 1, 18, 20)
-    return model
-
-
-@pytest.mark.parametrize("kind", ["tiled", "place_by_place"])
-def test_exports_equal_the_model(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiled_exports_equal_the_model(tiled: Pedenet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
-    model: Pedenet = request.getfixturevalue(kind)
     images = torch.rand(2, 3, 200, 300)
-    expected = model(images)
-    path = model.to_onnx(tmp_path, verbose=False)
+    expected = tiled(images)
+    path = tiled.to_onnx(tmp_path, verbose=False)
     session = onnxruntime.InferenceSession(path)
     compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    pickled = TorchInferencer(model.to_torch(tmp_path), device="cpu").model
-    assert (pickled.model.tiler is not None) == (kind == "tiled")
+    pickled = TorchInferencer(tiled.to_torch(tmp_path), device="cpu").model
+    assert pickled.model.tiler is not None
     results = compiled(images.numpy())
     for name in ("pred_score", "anomaly_map"):
         whole = getattr(expected, name)
         np.testing.assert_allclose(session.run([name], {"input": images.numpy()})[0], whole, atol=1e-4)
         np.testing.assert_allclose(results[name], whole, atol=1e-4)
         np.testing.assert_allclose(getattr(pickled(images), name), whole)
-    torch.testing.assert_close(model(images).anomaly_map, expected.anomaly_map)  # a tiler still has its own sizes
+    torch.testing.assert_close(tiled(images).anomaly_map, expected.anomaly_map)  # the tiler still has its own sizes
 
 
 def test_tiles_of_images_of_unknown_size_are_not_exported(tiled: Pedenet, tmp_path: Path) -> None:
