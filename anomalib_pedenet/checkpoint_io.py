@@ -109,7 +109,8 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
     """Bring a checkpoint of an earlier version up to date.
 
     The first had scores without a limit, so that thresholds are brought into 0..1. Later ones did not keep what was
-    learned at each scale, and always had the product of the scales' maps. Some measured places by themselves.
+    learned at each scale, always had the product of the scales' maps, and had no region of interest. Some measured
+    places by themselves.
 
     Args:
         checkpoint (dict[str, Any]): Loaded checkpoint, which is changed.
@@ -124,6 +125,8 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
         state["model.typical_score"] = torch.ones(())
     for name in ("model.place_calibration.gain", "model.place_calibration.offset"):
         state.pop(name, None)
+    if CHOSEN in state:
+        state.setdefault("model.region.visible", torch.ones(1, 1, 1, 1))
     if LIMIT in state:
         return
     state[LIMIT] = torch.ones(())

@@ -101,11 +101,13 @@ def _swirl(image: torch.Tensor, random: _Random, side: float) -> Drawing:
 _KINDS: tuple[Callable[[torch.Tensor, _Random, float], Drawing], ...] = (_turned_piece, _swirl)
 
 
-def draw_test_defects(images: torch.Tensor, seed: int = 0) -> DrawnDefects:
+def draw_test_defects(images: torch.Tensor, visible: torch.Tensor | None = None, seed: int = 0) -> DrawnDefects:
     """Draw a defect on each image, the two kinds in turn.
 
     Args:
         images (torch.Tensor): Normal images ``[N, C, H, W]``.
+        visible (torch.Tensor | None): Pixels that are looked at, bool ``[H, W]``: of a defect these alone count.
+            Defaults to ``None``, all.
         seed (int): The same seed gives the same defects. Defaults to ``0``.
 
     Returns:
@@ -116,6 +118,8 @@ def draw_test_defects(images: torch.Tensor, seed: int = 0) -> DrawnDefects:
     for index, image in enumerate(images):
         random = _Random(seed + index)
         drawings = [_KINDS[index % len(_KINDS)](image, random, side) for _ in range(_PLACES)]
+        if visible is not None:
+            drawings = [(changed, mask & visible) for changed, mask in drawings]
         visibility = torch.stack([((changed - image).abs().mean(dim=0) * mask).sum() for changed, mask in drawings])
         changed, mask = drawings[int(visibility.argmax())]
         drawn.append(changed)

@@ -25,7 +25,7 @@ Purpose = Literal["load", "resume", "evaluate", "export"]
 # What each argument is of; all others are of the training. See `check_changes`.
 _FIXED = ("image_size", "patch_sizes", "embedding_dim", "num_components", "batch_norm")
 _OF_A_WHOLE_TRAINING = ("seed", "learning_rate", "lr_schedule")
-_OF_THE_BANK = ("scored_sizes", "scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight")
+_OF_THE_BANK = ("roi", "scored_sizes", "scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight")
 _OF_SCORING = ("stride", "combination")
 
 TrainingMode = Literal["dense", "patchwise"]
@@ -114,10 +114,12 @@ def resolve(hparams: Mapping[str, Any]) -> dict[str, Any]:
         hparams (Mapping[str, Any]): Arguments of ``Pedenet`` by name.
 
     Returns:
-        dict[str, Any]: The same, with stride, combination and scorer.
+        dict[str, Any]: The same, with stride, combination and scorer, and the region's file as text.
     """
     defaults = {"stride": DEFAULT_STRIDE, "combination": DEFAULT_COMBINATION, "scorer": DEFAULT_SCORER}
-    return dict(hparams) | {name: default for name, default in defaults.items() if hparams[name] is None}
+    roi = hparams["roi"]  # a checkpoint holds text, and no paths
+    resolved = {name: default for name, default in defaults.items() if hparams[name] is None}
+    return dict(hparams) | resolved | {"roi": roi if roi is None else str(roi)}
 
 
 def changes(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:

@@ -62,6 +62,7 @@ from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.normal_images import HeldBack, NormalImages, are_plain, spread
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.post_processor import THRESHOLDS, PedenetPostProcessor
+from anomalib_pedenet.region import AUTO_ROI, find_roi, image_size_of, read_roi
 from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.step_guard import MAX_SKIPPED_IN_ROW, StepGuard
 from anomalib_pedenet.torch_model import MIN_SCALE_WEIGHT, PedenetModel
@@ -109,6 +110,7 @@ _FITTED = (
     "model.scorers.",
     "model.position_encodings.",
     "model.projections.",
+    "model.region.",
     _CHOSEN,
     "model.map_",
     "model.typical_score",
@@ -148,6 +150,10 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
     Args:
         image_size (tuple[int, int]): Height and width in pixels to which images are resized. Keep the aspect ratio of
             your images, e.g. ``(256, 640)``. Ignored if ``pre_processor`` is an instance. Defaults to ``(256, 256)``.
+        roi (str | Path | None): Region of interest, the same for all images: an image file, white where they are looked
+            at, black where they are not. What is there changes nothing: not in training, not in scores, not in exports.
+            ``"auto"`` leaves out a background of one colour, if there is one. ``None`` for a loaded checkpoint's, else
+            for all of the image. Defaults to ``None``.
         patch_sizes (Sequence[int]): Sizes of the patches to train on, in pixels: ``[32]``; ``[64]``, the paper's; or
             both. Defaults to ``(32, 64)``.
         scored_sizes (Sequence[int] | None): Sizes of the patches to score, whose maps are combined: those of
@@ -264,6 +270,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
     def __init__(
         self,
         image_size: tuple[int, int] = (256, 256),
+        roi: str | Path | None = None,
         patch_sizes: Sequence[int] = (SUB_PATCH_SIZE, PATCH_SIZE),
         scored_sizes: Sequence[int] | None = None,
         stride: int | None = None,
@@ -503,10 +510,13 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         if self.trainer.global_step == 0:  # a resumed training goes on with the checkpoint's
             self._forget_thresholds()
             self.model.reset_choices()
+            self._set_region()
             images = self._sample_of_normal_images(_STANDARDIZATION_IMAGES)
             self.model.fit_standardization(images)
-            if are_plain(images):
+            if are_plain(self.model.standardize(images)):
                 self._end_early_on_plain_images(len(images))
+        elif "roi" in self._asked_of_bank:
+            self._set_region()
         self._guard = StepGuard(self.optimizers().optimizer, self.model)
         # Several processes are left out: their gradients are exchanged as they come, which a graph would have to hold.
         records = self.hparams.cuda_graph and self.trainer.world_size == 1
@@ -519,6 +529,27 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             self._planned_steps,
             "bfloat16" if self._uses_bfloat16 else "float32",
         )
+
+    def _set_region(self) -> None:
+        """Take the region of interest that was asked for.
+
+        Raises:
+            ValueError: If it cannot be used; the message names the file.
+        """
+        region, roi = self.model.region, self.hparams.roi
+        region.reset()
+        if roi == AUTO_ROI:
+            region.set(find_roi(self._sample_of_normal_images(_CALIBRATION_IMAGES)))
+        elif roi is not None:
+            transform = getattr(self.pre_processor, "transform", None)
+            (image,) = self._normal_images([0]).loader
+            paths = self._training_paths()
+            size = image_size_of(paths[0]) if paths else (image.image.shape[-2], image.image.shape[-1])
+            region.set(read_roi(roi, size, transform or torch.nn.Identity()).to(self.device))
+        if not region.is_everywhere:
+            logger.info("The region of interest is %.0f %% of the images.", 100 * region.visible.mean())
+        elif roi is not None:
+            logger.warning("The region of interest %s is all of the images.", roi)
 
     def _end_early_on_plain_images(self, num_images: int) -> None:
         """Warn that the training images examined show nothing, and make a single step where those are all there are."""
@@ -829,6 +860,8 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             torch.no_grad(),
             self.trainer.precision_plugin.forward_context(),  # as the images will be scored
         ):
+            if "roi" in self._asked_of_bank:
+                self._set_region()
             learned = self._learned() if self._last_metrics and self.hparams.lambda_lpn > 0 else None
             sample = self._sample_of_normal_images(_CALIBRATION_IMAGES)
             weights = self.model.calibrate(sample, bank_stride, learned)
@@ -931,7 +964,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         if self._held_back is None:
             return
         normal = self._held_back.normal.to(self.device)
-        drawn = draw_test_defects(normal)
+        drawn = draw_test_defects(normal, self.model.region.pixels((normal.shape[-2], normal.shape[-1])))
         pixel, image = drawn_defect_auroc(self.model, normal, drawn)
         self.log_dict({"drawn_pixel_AUROC": pixel, "drawn_image_AUROC": image}, prog_bar=True, batch_size=1)
         logger.info(

@@ -74,6 +74,7 @@ def measure_alignment(
     image_size: tuple[int, int],
     stride: int,
     weights: Sequence[float] = WEIGHTS[1:],
+    chosen: torch.Tensor | None = None,
 ) -> list[float]:
     """Measure, on normal images alone, how far patches look alike at the same place.
 
@@ -89,12 +90,16 @@ def measure_alignment(
         image_size (tuple[int, int]): Height and width of the images in pixels.
         stride (int): Distance between neighbouring embeddings of the grid in pixels.
         weights (Sequence[float]): Weights of the position, above 0. Defaults to those of :data:`WEIGHTS`.
+        chosen (torch.Tensor | None): Patches to look at, bool ``[h, w]``. Defaults to ``None``, all.
 
     Returns:
         list[float]: The alignment at each weight; 0 where a weight is too small to matter, or all patches look alike.
     """
     num_images, _, height, width = grids.shape
-    places = encode_positions(height, width, max(image_size), stride, grids.float()).flatten(1).T  # [h * w, 2]
+    places = encode_positions(height, width, max(image_size), stride, grids.float())
+    if chosen is not None:
+        grids, places = grids[:, :, None, chosen], places[:, chosen]
+    places = places.flatten(1).T  # [P, 2]
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(places), generator=generator) for _ in range(num_images)]
     true, shuffled = places.repeat(num_images, 1), places[torch.cat(orders).to(places.device)]
@@ -145,6 +150,7 @@ def choose_weight(
     stride: int,
     weights: Sequence[float] = WEIGHTS,
     min_alignment: float = MIN_ALIGNMENT,
+    chosen: torch.Tensor | None = None,
 ) -> float:
     """Choose the weight of the position from normal images alone, by :func:`measure_alignment`.
 
@@ -154,6 +160,7 @@ def choose_weight(
         stride (int): Distance between neighbouring embeddings of the grid in pixels.
         weights (Sequence[float]): Weights to choose from, ascending, the first 0. Defaults to :data:`WEIGHTS`.
         min_alignment (float): Alignment from which a weight is taken. Defaults to :data:`MIN_ALIGNMENT`.
+        chosen (torch.Tensor | None): Patches to look at, bool ``[h, w]``. Defaults to ``None``, all.
 
     Returns:
         float: The largest weight at which the alignment is high enough; the first one if there is none, and for a
@@ -161,6 +168,6 @@ def choose_weight(
     """
     if len(grids) < 2:
         return weights[0]
-    alignments = measure_alignment(grids, image_size, stride, weights[1:])
+    alignments = measure_alignment(grids, image_size, stride, weights[1:], chosen)
     fitting = [weight for weight, value in zip(weights[1:], alignments, strict=True) if value >= min_alignment]
     return max(fitting, default=weights[0])

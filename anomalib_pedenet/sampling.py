@@ -56,6 +56,7 @@ def draw_views(
     color_shift: float = 0.1,
     noise: float = 0.1,
     with_defects: bool = False,
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw random crops, and see each in two disturbed views, and in a third with drawn defects.
 
@@ -66,6 +67,8 @@ def draw_views(
         color_shift (float): See :func:`anomalib_pedenet.patches.disturb`.
         noise (float): See :func:`anomalib_pedenet.patches.disturb`.
         with_defects (bool): Whether there is a third view of each crop.
+        positions (torch.Tensor | None): ``(row, column)`` of places to draw crops from, int64 ``[P, 2]``. Defaults to
+            ``None``, all.
 
     Returns:
         tuple[torch.Tensor, torch.Tensor]: The first views of all crops, the second, and the third,
@@ -76,7 +79,11 @@ def draw_views(
     crop = (min(crop_size, images.shape[-2]), min(crop_size, images.shape[-1]))
     # A permutation, repeated as often as needed, spreads the crops evenly over the images.
     indices = torch.randperm(len(images), device=device).repeat(-(-num_crops // len(images)))[:num_crops]
-    crops = extract_patches(images, indices, sample_positions(num_crops, images.shape[-2:], crop, device), crop)
+    if positions is None:
+        drawn = sample_positions(num_crops, images.shape[-2:], crop, device)
+    else:
+        drawn = positions[torch.randint(len(positions), (num_crops,), device=device)]
+    crops = extract_patches(images, indices, drawn, crop)
     crops = crops.float()
     views, masks = [crops, crops], crops.new_empty(0, 1, *crop)
     if with_defects:

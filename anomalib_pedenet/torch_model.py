@@ -28,6 +28,7 @@ from anomalib_pedenet.networks import (
 from anomalib_pedenet.patches import BASE_STRIDE, MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE, grid_size
 from anomalib_pedenet.position import PositionEncoding, choose_weight
 from anomalib_pedenet.projection import PrincipalProjection
+from anomalib_pedenet.region import RegionOfInterest
 from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
 from anomalib_pedenet.tiling import tile, untile
 
@@ -112,6 +113,7 @@ class PedenetModel(nn.Module):
     Attributes:
         normal_limit (torch.Tensor): Highest score of normal images, in units of a normal patch's typical score, scalar;
             at least 1, and 1 before :meth:`fit_normal_limit`.
+        region (RegionOfInterest): What of the images is looked at. What it hides is hidden from all that follows.
         tiler (Tiler | None): Set by anomalib's ``TilerConfigurationCallback`` to score large images tile by tile.
 
     Example:
@@ -192,6 +194,7 @@ class PedenetModel(nn.Module):
         self.set_scorer(scorer)
         weight = 0.0 if position_weight == "auto" else position_weight
         self.position_encodings = nn.ModuleDict({str(size): PositionEncoding(weight) for size in self.scored_sizes})
+        self.region = RegionOfInterest()
 
     def set_scorer(self, scorer: str | Mapping[str, Any]) -> None:
         """Take another scorer, not fitted, at every scale.
@@ -314,8 +317,10 @@ class PedenetModel(nn.Module):
         Args:
             images (torch.Tensor): Pre-processed normal images ``[B, 3, H, W]``.
         """
-        self.input_mean = images.mean(dim=(0, 2, 3)).to(self.input_mean)[:, None, None]
-        std = (images - images.mean(dim=(0, 2, 3), keepdim=True)).square().mean().sqrt()
+        pixels = images[:, :, self.region.pixels((images.shape[-2], images.shape[-1]))]  # [B, 3, P]
+        mean = pixels.mean(dim=(0, 2), keepdim=True)
+        self.input_mean = mean.to(self.input_mean)[0, :, :, None]
+        std = (pixels - mean).square().mean().sqrt()
         self.input_std = std.clamp(min=1e-3).to(self.input_std)  # constant images have none
 
     def standardize(self, images: torch.Tensor) -> torch.Tensor:
@@ -325,9 +330,9 @@ class PedenetModel(nn.Module):
             images (torch.Tensor): Pre-processed images ``[B, 3, H, W]``.
 
         Returns:
-            torch.Tensor: Standardised images of the same shape, which the embedding network expects.
+            torch.Tensor: Standardised images of the same shape, which the embedding network expects; 0 where hidden.
         """
-        return (images - self.input_mean) / self.input_std
+        return (self.region.hide(images, self.input_mean) - self.input_mean) / self.input_std
 
     @torch.no_grad()
     def fit(self, batches: Iterable[torch.Tensor], stride: int | None = None) -> None:
@@ -353,6 +358,8 @@ class PedenetModel(nn.Module):
             tiles = self._tile(images)
             for size, grid in self._embed(tiles, stride).items():
                 embeddings = self._arrange(grid, size, tiles, stride)
+                if not self._goes_by_place:  # as such scorers take whole grids
+                    embeddings = embeddings[:, self.region.patches((tiles.shape[-2], tiles.shape[-1]), size, stride)]
                 if index == 0:
                     count = len(batches) * embeddings.shape[:-1].numel() if isinstance(batches, Sized) else None
                     self.scorers[str(size)].reset(count)
@@ -386,8 +393,9 @@ class PedenetModel(nn.Module):
             learned = {size: value for size, value in known.items() if not math.isnan(value)}
         if not chooses and learned:
             self.weigh_scales(learned)
-        grids = self._embed(self._tile(images), stride, self.scored_sizes if chooses else None)
-        image_size = (images.shape[-2], images.shape[-1])
+        tiles = self._tile(images)
+        grids = self._embed(tiles, stride, self.scored_sizes if chooses else None)
+        image_size = (tiles.shape[-2], tiles.shape[-1])
         calibrated = None
         if chooses:
             smallest = min(self.patch_sizes)
@@ -416,10 +424,14 @@ class PedenetModel(nn.Module):
     ) -> None:
         """Fit the projection of a scale and choose the weight of the position for a scorer, unless it is given."""
         if str(size) in self.projections:
-            self.projections[str(size)].fit(grid)
+            visible = grid[..., self.region.patches(image_size, size, stride)]  # [N, channels, P]
+            self.projections[str(size)].fit(visible[:, :, None])
         if self.position_weight == "auto":
-            has_position = self.tiler is None and scorer_class(scorer).encodes_position
-            weight = choose_weight(self._project(grid, size), image_size, stride) if has_position else 0.0
+            weight = 0.0
+            if self.tiler is None and scorer_class(scorer).encodes_position:
+                # The edge of what is hidden lies in the same place of all images, whatever they show.
+                wholly_visible = self.region.patches(image_size, size, stride, wholly=True)
+                weight = choose_weight(self._project(grid, size), image_size, stride, chosen=wholly_visible)
             self.position_encodings[str(size)].weight.fill_(weight)
 
     @torch.no_grad()
@@ -440,16 +452,18 @@ class PedenetModel(nn.Module):
 
     def _fit_soft_maximum(self, maps: list[list[torch.Tensor]]) -> None:
         """Take what normal images score at each scale, and together, from each one's maps of the scales that count."""
+        visible = self.region.pixels((maps[0][0].shape[-2], maps[0][0].shape[-1]))
         for size, scale in zip(self.scale_shares, zip(*maps, strict=True), strict=True):
             index = self.scored_sizes.index(size)
-            pixels = torch.cat([scores.flatten() for scores in scale])
-            highest = torch.stack([scores.max() for scores in scale])
+            seen = [scores[..., visible] for scores in scale]
+            pixels = torch.cat([scores.flatten() for scores in seen])
+            highest = torch.stack([scores.max() for scores in seen])
             self.map_offsets[index] = pixels.mean()
             spread = highest.std() if len(highest) > 1 else pixels.std()
             # Few images may be alike in their highest score, by chance or because they are the same.
             self.map_spreads[index] = spread.clamp(min=_LEAST_SPREAD * pixels.std()).clamp(min=1e-6)
         self.typical_score.fill_(1)
-        typical = torch.stack([self.combine(scales).mean() for scales in maps]).mean()
+        typical = torch.stack([self.combine(scales)[..., visible].mean() for scales in maps]).mean()
         self.typical_score = typical.clamp(min=1e-6)
 
     @torch.no_grad()
@@ -578,11 +592,20 @@ class PedenetModel(nn.Module):
         return maps, weights
 
     def combine(self, maps: list[torch.Tensor]) -> torch.Tensor:
-        """Return one map, in units of a normal patch's typical score, of those of the scales that count."""
+        """Join the maps of the scales that count.
+
+        Args:
+            maps (list[torch.Tensor]): Map of each scale that counts, ``[B, 1, H, W]``.
+
+        Returns:
+            torch.Tensor: One map of the same shape, in units of a normal patch's typical score; 0 where hidden.
+        """
         if self._is_soft_maximum:
-            return soft_maximum(maps, *self._soft_maximum_state()) / self.typical_score
-        shares = list(self.scale_shares.values())
-        return combine_maps(maps, shares, "mean" if self.combination == "mean" else "product")
+            joined = soft_maximum(maps, *self._soft_maximum_state()) / self.typical_score
+        else:
+            shares = list(self.scale_shares.values())
+            joined = combine_maps(maps, shares, "mean" if self.combination == "mean" else "product")
+        return self.region.clear(joined)
 
     def _soft_maximum_state(self) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
         """Return offsets, spreads and weights of the scales that count."""
@@ -642,6 +665,9 @@ class PedenetModel(nn.Module):
         """
         if self.tiler is None:
             return
+        if not self.region.is_everywhere:
+            msg = "Tiles have no place in the image, by which a region of interest (roi) goes: turn tiling off."
+            raise ValueError(msg)
         tile_size, largest = (self.tiler.tile_size_h, self.tiler.tile_size_w), max(self.scale_shares)
         if min(tile_size) < largest:
             msg = (

@@ -54,6 +54,8 @@ class TrainingStep:
         records: bool,
     ) -> None:
         self._hparams = hparams
+        self._region = model.region
+        self._positions: tuple[torch.Size, torch.Tensor] | None = None  # of crops, for images of some size
         self._joint = _JointLoss(model, loss, hparams, uses_bfloat16)
         # A full covariance is factorised, and the host asks whether that went well.
         self._records = records and hparams["training_mode"] == "dense" and hparams["covariance_type"] == "diag"
@@ -90,6 +92,7 @@ class TrainingStep:
                 hparams["crops_per_step"],
                 hparams["crop_size"],
                 with_defects=hparams["lambda_syn"] > 0,
+                positions=self._crop_positions(images.shape[-2:]),
                 **disturbance,
             )
             if self._records and images.is_cuda and not torch.is_autocast_enabled("cuda"):
@@ -98,6 +101,15 @@ class TrainingStep:
             total, values = self._joint(views, masks, scale)
         # A graph writes its results to the same memory each time.
         return total, dict(zip(self._joint.names, values.clone().unbind(), strict=True))
+
+    def _crop_positions(self, size: torch.Size) -> torch.Tensor | None:
+        """Return where crops of images of some height and width may lie; ``None`` for anywhere."""
+        if self._region.is_everywhere:
+            return None
+        if self._positions is None or self._positions[0] != size:
+            crop = (min(self._hparams["crop_size"], size[0]), min(self._hparams["crop_size"], size[1]))
+            self._positions = (size, self._region.crop_positions((size[0], size[1]), crop))
+        return self._positions[1]
 
     def _record(self, *inputs: torch.Tensor) -> None:
         """Replace the joint loss of drawn views, and its gradients, by a CUDA graph."""

@@ -172,22 +172,37 @@ def tiled() -> Pedenet:
     return model
 
 
-def test_tiled_exports_equal_the_model(tiled: Pedenet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def left_half() -> Pedenet:
+    """A model that looks at the left half of images."""
+    model = Pedenet(image_size=(144, 160), bank_size=50, scorer="exact").eval()
+    visible = torch.zeros(144, 160, dtype=torch.bool)
+    visible[:, :80] = True
+    model.model.region.set(visible)
+    model.model.fit([torch.rand(1, 3, 144, 160)])
+    return model
+
+
+@pytest.mark.parametrize("kind", ["tiled", "left_half"])
+def test_exports_equal_the_model(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    model: Pedenet = request.getfixturevalue(kind)
     images = torch.rand(2, 3, 200, 300)
-    expected = tiled(images)
-    path = tiled.to_onnx(tmp_path, verbose=False)
+    expected = model(images)
+    path = model.to_onnx(tmp_path, verbose=False)
     session = onnxruntime.InferenceSession(path)
     compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    pickled = TorchInferencer(tiled.to_torch(tmp_path), device="cpu").model
-    assert pickled.model.tiler is not None
+    pickled = TorchInferencer(model.to_torch(tmp_path), device="cpu").model
+    assert (pickled.model.tiler is not None) == (kind == "tiled")
     results = compiled(images.numpy())
     for name in ("pred_score", "anomaly_map"):
         whole = getattr(expected, name)
         np.testing.assert_allclose(session.run([name], {"input": images.numpy()})[0], whole, atol=1e-4)
         np.testing.assert_allclose(results[name], whole, atol=1e-4)
         np.testing.assert_allclose(getattr(pickled(images), name), whole)
-    torch.testing.assert_close(tiled(images).anomaly_map, expected.anomaly_map)  # the tiler still has its own sizes
+    torch.testing.assert_close(model(images).anomaly_map, expected.anomaly_map)  # a tiler still has its own sizes
 
 
 def test_tiles_of_images_of_unknown_size_are_not_exported(tiled: Pedenet, tmp_path: Path) -> None:
