@@ -50,6 +50,15 @@ def validate_now(trainer: Trainer) -> None:
     trainer.validating = True  # as the loop over batches does
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
+    save_again(trainer)
+
+
+def save_again(trainer: Trainer) -> None:
+    """Save the last checkpoint again, with what has changed since.
+
+    Args:
+        trainer (Trainer): Trainer of the training, in ``on_train_end``.
+    """
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback._last_global_step_saved == trainer.global_step:  # noqa: SLF001
             trainer.save_checkpoint(callback._last_checkpoint_saved, callback.save_weights_only)  # noqa: SLF001

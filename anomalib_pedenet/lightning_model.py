@@ -42,7 +42,16 @@ from anomalib_pedenet.anomaly_map import Combination
 from anomalib_pedenet.criterion import draw_test_defects, drawn_defect_auroc
 from anomalib_pedenet.export import PedenetExportMixin
 from anomalib_pedenet.exportable_resize import resize_as_in_training
-from anomalib_pedenet.fit_loop import begin_anew, can_stop_early, is_last_batch, is_told_to_stop, validate_now
+from anomalib_pedenet.false_alarms import DEFAULT_RATE, choose_threshold, lowest_rate
+from anomalib_pedenet.fit_loop import (
+    begin_anew,
+    can_stop_early,
+    is_last_batch,
+    is_told_to_stop,
+    save_again,
+    validate_now,
+)
+from anomalib_pedenet.held_out import score_held_out
 from anomalib_pedenet.hyper_parameters import (
     LearningRateSchedule,
     Purpose,
@@ -85,6 +94,9 @@ _STANDARDIZATION_IMAGES = 64
 _CALIBRATION_IMAGES = 32
 
 _MAX_HELD_BACK = 32
+
+# Training images that set the thresholds where there was no validation: enough for 1 false alarm in 100, in a minute.
+_THRESHOLD_IMAGES = 400
 
 # Of large images fewer are read together, so that neither they nor what is computed of them fill the memory.
 _SAMPLE_BYTES = 2**28
@@ -1006,6 +1018,9 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             validate_now(trainer)
         if self._epochs_between_validations is not None:
             trainer.check_val_every_n_epoch = self._epochs_between_validations
+        if self._has_no_thresholds and not trainer.received_sigterm:  # after a signal there is no time for it
+            self._set_thresholds()
+            save_again(trainer)
         for size in self.model.patch_sizes if self._last_metrics else ():
             location = self._last_metrics[f"loss_lpn_{size}"]
             logger.info(
@@ -1039,16 +1054,38 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             for name in THRESHOLDS:
                 getattr(self.post_processor, name).fill_(torch.nan)
 
+    @property
+    def _has_no_thresholds(self) -> bool:
+        """Whether thresholds are wanted and there are none."""
+        processor = self.post_processor
+        is_asked = isinstance(processor, PostProcessor) and processor.enable_thresholding
+        return is_asked and bool(torch.isnan(processor.image_threshold))
+
+    def _set_thresholds(self) -> None:
+        """Set the thresholds by the training images, each scored by what is fitted on others."""
+        indices = self._trained_on
+        if len(indices) < MIN_TRAINING_IMAGES:
+            return
+        images = self._normal_images([indices[position] for position in spread(len(indices), _THRESHOLD_IMAGES)])
+        with torch.inference_mode(mode=False), torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            quiet = not self.trainer.is_global_zero
+            found = score_held_out(self.model, images, self.hparams.bank_stride, quiet)
+            scores = [float(predictions.pred_score) for _, predictions in found]
+        chosen = choose_threshold(scores, max(DEFAULT_RATE, lowest_rate(len(scores))))
+        for name in THRESHOLDS[:2]:
+            getattr(self.post_processor, name).fill_(chosen.threshold)
+        logger.info(
+            "No validation has set thresholds: they are set by %d training images, each scored by what is fitted on "
+            "others. Of other good images like these %.1f %% will be called defective on average (%.1f to %.1f %%).",
+            len(scores),
+            100 * chosen.rate,
+            100 * chosen.low,
+            100 * chosen.high,
+        )
+
     def _warn_without_thresholds(self) -> None:
         """Say once that there are no thresholds, if there are none."""
-        processor = self.post_processor
-        if (
-            self._has_warned_of_thresholds
-            or not isinstance(processor, PostProcessor)
-            or not processor.enable_thresholding
-        ):
-            return
-        if bool(torch.isnan(processor.image_threshold)):
+        if self._has_no_thresholds and not self._has_warned_of_thresholds:
             self._has_warned_of_thresholds = True
             logger.warning(
                 "No validation has set thresholds: what scores higher than all normal training images that were looked "

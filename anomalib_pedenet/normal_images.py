@@ -66,6 +66,8 @@ class NormalImages:
         indices: Sequence[int],
         with_augmentations: bool = False,
     ) -> None:
+        self._arguments = (loader, pre_processor, device)
+        self._indices, self._with_augmentations = indices, with_augmentations
         dataset = copy.copy(loader.dataset)  # the training goes on with the loader's own
         if hasattr(dataset, "augmentations") and not with_augmentations:
             dataset.augmentations = None
@@ -82,6 +84,11 @@ class NormalImages:
 
     def __len__(self) -> int:
         return len(self.loader)
+
+    def take(self, positions: Sequence[int]) -> "NormalImages":
+        """Return some of them, by their positions among these."""
+        indices = [self._indices[position] for position in positions]
+        return NormalImages(*self._arguments, indices, self._with_augmentations)
 
     def together(self) -> torch.Tensor:
         """Return all of them, ``[N, 3, H, W]``.

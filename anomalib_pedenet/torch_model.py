@@ -467,13 +467,14 @@ class PedenetModel(nn.Module):
         self.typical_score = typical.clamp(min=1e-6)
 
     @torch.no_grad()
-    def teach(self, images: Iterable[torch.Tensor], limit: float) -> dict[int, int]:
+    def teach(self, images: Iterable[torch.Tensor], limit: float, within: torch.Tensor | None = None) -> dict[int, int]:
         """Take what is abnormal on good images for normal from now on.
 
         Args:
             images (Iterable[torch.Tensor]): Pre-processed good images ``[B, 3, H, W]``.
             limit (float): Score of a pixel, as :meth:`forward` gives it, above which the patches that cover it are
                 taken, as far as they score higher than a typical one.
+            within (torch.Tensor | None): Where images are good, bool ``[H, W]``. Defaults to ``None``, everywhere.
 
         Returns:
             dict[int, int]: Number of patches that were taken at each scale; all 0 where nothing scores so high.
@@ -491,12 +492,13 @@ class PedenetModel(nn.Module):
             self.scorers[str(size)].check_teachable()
         taught: dict[int, list[torch.Tensor]] = {size: [] for size in self.scale_shares}
         for batch in images:
-            is_abnormal = (self(batch).anomaly_map > limit).float()
+            found = self(batch).anomaly_map > limit
+            is_abnormal = (found if within is None else found & within).float()
             # In finer steps: on the next image the same thing lies otherwise in the grid of patches.
             stride = BASE_STRIDE if batch.shape[-2:].numel() <= _STRIP_PIXELS else self.stride
-            for size, found in self.patch_scores(batch, stride):
+            for size, patches in self.patch_scores(batch, stride):
                 is_covering = max_pool2d(is_abnormal, size, stride)[:, 0] > 0  # [B, h, w]
-                taught[size].append(found.embeddings[is_covering & (found.scores > 1)])
+                taught[size].append(patches.embeddings[is_covering & (patches.scores > 1)])
         rows = {size: torch.cat(parts) for size, parts in taught.items()}
         for size, embeddings in rows.items():
             if len(embeddings):

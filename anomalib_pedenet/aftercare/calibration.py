@@ -6,29 +6,32 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from anomalib.post_processing import PostProcessor
 from tqdm import tqdm
 
 from anomalib_pedenet.aftercare.edits import edit_checkpoint
-from anomalib_pedenet.aftercare.false_alarms import FalseAlarmThreshold, choose_threshold
-from anomalib_pedenet.aftercare.held_out import score_held_out
 from anomalib_pedenet.aftercare.images import ImageSource
 from anomalib_pedenet.aftercare.inspection import THRESHOLD
 from anomalib_pedenet.aftercare.inspector import Inspector
+from anomalib_pedenet.false_alarms import FalseAlarmThreshold, choose_threshold
+from anomalib_pedenet.held_out import score_held_out
 
 
 class Calibration(NamedTuple):
     """What a calibration came to.
 
     Attributes:
-        chosen (FalseAlarmThreshold): The threshold, and what may be expected of it.
+        chosen (FalseAlarmThreshold): The threshold for the rate, and what may be expected of it.
+        threshold (float): The threshold that was set: that one, or a lower one by which all known defects are flagged.
         flagged_before (int): How many of the good images the earlier threshold flagged.
         flagged_now (int): How many the new one flags.
         ckpt_path (Path): The checkpoint that was written.
     """
 
     chosen: FalseAlarmThreshold
+    threshold: float
     flagged_before: int
     flagged_now: int
     ckpt_path: Path
@@ -40,6 +43,7 @@ def calibrate_checkpoint(
     false_alarm_rate: float,
     training_images: ImageSource = (),
     good_images: ImageSource = (),
+    known_defects: ImageSource = (),
     output: str | Path | None = None,
     device: str = "cpu",
 ) -> Calibration:
@@ -53,6 +57,8 @@ def calibrate_checkpoint(
         training_images (ImageSource): Images that the model was trained on, or folders of them: each is scored
             by what is fitted on the others.
         good_images (ImageSource): Other good images, or folders of them.
+        known_defects (ImageSource): Defective images, or folders of them, that must be flagged: the threshold is below
+            the lowest of their scores, whatever the rate.
         output (str | Path | None): Where to save the changed checkpoint. Defaults to the place of the old one.
         device (str): Where to compute. Defaults to ``"cpu"``.
 
@@ -83,10 +89,16 @@ def calibrate_checkpoint(
         held_out = score_held_out(model, known, inspector.model.hparams.bank_stride)
         scores += [float(predictions.pred_score) for _, predictions in held_out]
     chosen = choose_threshold(scores, false_alarm_rate)
+    threshold = chosen.threshold
+    if known_defects:
+        defects = inspector.prepared(known_defects)
+        lowest = min(float(model(image).pred_score) for image in tqdm(defects, "Scoring known defects", disable=None))
+        # What is above the threshold is flagged, not what is at it.
+        threshold = min(threshold, float(np.nextafter(np.float32(lowest), np.float32(0))))
     names = ("post_processor._image_threshold", "post_processor._pixel_threshold")
-    tensors = dict.fromkeys(names, torch.tensor(chosen.threshold))
-    details = {"false_alarm_rate": false_alarm_rate, "num_images": chosen.num_images, "threshold": chosen.threshold}
+    tensors = dict.fromkeys(names, torch.tensor(threshold))
+    details = {"false_alarm_rate": false_alarm_rate, "num_images": chosen.num_images, "threshold": threshold}
     written = edit_checkpoint(ckpt_path, output, "calibrate", details, tensors)
     before = float(torch.nan_to_num(processor.image_threshold, nan=THRESHOLD))
-    flagged_before, flagged_now = (sum(score > limit for score in scores) for limit in (before, chosen.threshold))
-    return Calibration(chosen, flagged_before, flagged_now, written)
+    flagged_before, flagged_now = (sum(score > limit for score in scores) for limit in (before, threshold))
+    return Calibration(chosen, threshold, flagged_before, flagged_now, written)

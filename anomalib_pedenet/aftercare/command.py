@@ -15,8 +15,10 @@ from anomalib_pedenet.aftercare.drift import draw_drift, find_drift
 from anomalib_pedenet.aftercare.edits import undo_edit
 from anomalib_pedenet.aftercare.inspection import THRESHOLD
 from anomalib_pedenet.aftercare.inspector import Inspector
+from anomalib_pedenet.aftercare.masking import mask_checkpoint
 from anomalib_pedenet.aftercare.report import write_report
 from anomalib_pedenet.aftercare.teaching import Lesson, LostDefectError, teach_checkpoint
+from anomalib_pedenet.false_alarms import FalseAlarmThreshold
 
 _NUM_NAMED = 10
 
@@ -26,6 +28,7 @@ def calibrate(
     false_alarm_rate: float = 0.01,
     training_images: str | list[str] | None = None,
     good_images: str | list[str] | None = None,
+    known_defects: str | list[str] | None = None,
     output: str | None = None,
     device: str = "cpu",
 ) -> None:
@@ -40,17 +43,59 @@ def calibrate(
         training_images: Folders with the images that the model was trained on. Each is scored by what is fitted on the
             others, which takes some minutes.
         good_images: Folders with other good images.
+        known_defects: Folders with defective images that must be flagged, even if more good images are flagged then.
         output: Where to save the changed checkpoint; by default in the place of the old one.
         device: cpu or cuda.
     """
-    done = calibrate_checkpoint(ckpt_path, false_alarm_rate, training_images or (), good_images or (), output, device)
-    chosen = done.chosen
-    print(
-        f"Of {chosen.num_images} good images {done.flagged_before} were flagged before, {done.flagged_now} are now.\n"
-        f"Of other good images like these at most {chosen.rate:.2%} will be flagged on average: with a threshold by "
-        f"these {chosen.num_images}, {chosen.low:.2%} to {chosen.high:.2%} (95 % certain).\n"
-        f"Saved in {done.ckpt_path}. Exports made before keep their old threshold: export again."
+    done = calibrate_checkpoint(
+        ckpt_path, false_alarm_rate, training_images or (), good_images or (), known_defects or (), output, device
     )
+    chosen = done.chosen
+    print(f"Of {chosen.num_images} good images {done.flagged_before} were flagged before, {done.flagged_now} are now.")
+    if done.threshold < chosen.threshold:
+        print(
+            "All known defects are flagged, for which the threshold had to be LOWER than for that rate of false "
+            f"alarms: about {done.flagged_now / chosen.num_images:.1%} of good images will be flagged."
+        )
+    else:
+        print(_expectation(chosen))
+    print(f"Saved in {done.ckpt_path}. Exports made before keep their old threshold: export again.")
+
+
+def _expectation(chosen: FalseAlarmThreshold) -> str:
+    """Return in a sentence what may be expected of a threshold."""
+    return (
+        f"Of other good images like these at most {chosen.rate:.2%} will be flagged on average: with a threshold by "
+        f"these {chosen.num_images}, {chosen.low:.2%} to {chosen.high:.2%} (95 % certain)."
+    )
+
+
+def mask(
+    ckpt_path: str,
+    roi: str,
+    training_images: str | list[str],
+    picture: str = "region.png",
+    output: str | None = None,
+    device: str = "cpu",
+) -> None:
+    """Have a model look at a region of the images alone: what lies outside changes no score any more.
+
+    The networks stay as they are. What is normal in the region, and the thresholds, are learned anew from the training
+    images, which takes a minute or so. `undo` takes it back. To train with a region: anomalib train --model.roi.
+
+    Args:
+        ckpt_path: Checkpoint of a training.
+        roi: Image file, as large as the images, white where they are looked at and black elsewhere; or auto to leave
+            out a background of one colour.
+        training_images: Folders with the images that the model was trained on.
+        picture: Image file to write: one of them, dark where it is not looked at.
+        output: Where to save the changed checkpoint; by default in the place of the old one.
+        device: cpu or cuda.
+    """
+    done = mask_checkpoint(ckpt_path, roi, training_images, picture, output, device)
+    print(f"{done.visible:.0%} of the images are looked at, see {Path(picture).resolve()}.")
+    print(_expectation(done.chosen))
+    print(f"Saved in {done.ckpt_path}. Exports made before do not know of it: export again.")
 
 
 def report(
@@ -154,6 +199,7 @@ def teach(
     good_images: str | list[str],
     known_defects: str | list[str] | None = None,
     known_good: str | list[str] | None = None,
+    region: str | None = None,
     force: bool = False,
     output: str | None = None,
     device: str = "cpu",
@@ -167,13 +213,14 @@ def teach(
         good_images: Good images that are flagged, or folders with them.
         known_defects: Folders with defective images: if one of them would no longer be flagged, nothing is changed.
         known_good: Folders with other good images, to see how their scores change.
+        region: Image file, as large as the good images, white where they are good; elsewhere nothing is taught.
         force: Change the checkpoint even if a known defect is no longer flagged.
         output: Where to save the changed checkpoint; by default in the place of the old one.
         device: cpu or cuda.
     """
     try:
         lessons, written = teach_checkpoint(
-            ckpt_path, good_images, known_defects or (), known_good or (), force, output, device
+            ckpt_path, good_images, known_defects or (), known_good or (), region, force, output, device
         )
     except LostDefectError as error:
         _print_lessons(error.lessons)
@@ -198,7 +245,7 @@ def _print_lessons(lessons: Sequence[Lesson]) -> None:
 
 
 def undo(ckpt_path: str, output: str | None = None) -> None:
-    """Take the latest change of a checkpoint (teach, calibrate) back: every number is as before.
+    """Take the latest change of a checkpoint (teach, calibrate, mask) back: every number is as before.
 
     Args:
         ckpt_path: Checkpoint.
@@ -211,7 +258,9 @@ def undo(ckpt_path: str, output: str | None = None) -> None:
 def main() -> None:
     """Run the command."""
     try:
-        jsonargparse.CLI([report, explain, calibrate, teach, undo, drift], prog="anomalib-pedenet", as_positional=False)
+        jsonargparse.CLI(
+            [report, explain, calibrate, teach, mask, undo, drift], prog="anomalib-pedenet", as_positional=False
+        )
     except (NotImplementedError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"anomalib-pedenet: {error}")
 

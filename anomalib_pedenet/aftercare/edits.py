@@ -57,6 +57,7 @@ def edit_checkpoint(
     what: str,
     details: dict[str, Any],
     tensors: Mapping[str, torch.Tensor],
+    replaced: tuple[str, ...] = (),
 ) -> Path:
     """Change tensors of a checkpoint, and note the change in it, with what was there before.
 
@@ -67,6 +68,7 @@ def edit_checkpoint(
         what (str): Name of the change.
         details (dict[str, Any]): What else to note: numbers, text and lists of them.
         tensors (Mapping[str, torch.Tensor]): New tensors, by their names in the state.
+        replaced (tuple[str, ...]): First parts of names of which the state is to have none but new ones.
 
     Returns:
         Path: The file that was written.
@@ -77,11 +79,18 @@ def edit_checkpoint(
     """
     checkpoint = read_checkpoint(ckpt_path)
     state = checkpoint["state_dict"]
-    new = {name: value.detach().cpu() for name, value in tensors.items() if not _are_equal(state[name], value)}
+    new = {
+        name: value.detach().cpu()
+        for name, value in tensors.items()
+        if name not in state or not _are_equal(state[name], value)
+    }
+    removed = [name for name in state if name.startswith(replaced) and name not in tensors]
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    edit = {"what": what, "when": now, **details, "before": {name: state[name] for name in new}}
+    before = {name: state[name] for name in [*new, *removed] if name in state}
+    added = [name for name in new if name not in state]
+    edit = {"what": what, "when": now, **details, "before": before, "added": added}
     checkpoint[EDITS] = [*checkpoint.get(EDITS, []), edit]
-    state.update(new)
+    checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in removed} | new
     target = Path(output or ckpt_path)
     _files().save_checkpoint(checkpoint, target)
     return target
@@ -107,7 +116,9 @@ def undo_edit(ckpt_path: str | Path, output: str | Path | None = None) -> dict[s
         msg = f"{ckpt_path} was not changed after its training: there is nothing to undo."
         raise ValueError(msg)
     *earlier, latest = edits
-    checkpoint["state_dict"].update(latest.pop("before"))
+    added = latest.pop("added", ())
+    kept = {name: value for name, value in checkpoint["state_dict"].items() if name not in added}
+    checkpoint["state_dict"] = kept | latest.pop("before")
     if earlier:
         checkpoint[EDITS] = earlier
     _files().save_checkpoint(checkpoint, output or ckpt_path)

@@ -3,7 +3,7 @@
 
 """Images of files and folders, as a model sees them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +76,7 @@ class PreparedImages:
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self[index] for index in range(len(self)))
 
-    def take(self, positions: Iterable[int]) -> "PreparedImages":
+    def take(self, positions: Sequence[int]) -> "PreparedImages":
         """Return some of them."""
         return PreparedImages(self._model, [self.files[position] for position in positions])
 

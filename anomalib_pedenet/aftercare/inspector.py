@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from anomalib_pedenet.aftercare.edits import check_exists
 from anomalib_pedenet.aftercare.explanation import NormalPatches
-from anomalib_pedenet.aftercare.held_out import score_held_out
 from anomalib_pedenet.aftercare.images import ImageSource, PreparedImages, as_seen, image_files
 from anomalib_pedenet.aftercare.inspection import Inspection, Truth
+from anomalib_pedenet.held_out import score_held_out
 from anomalib_pedenet.lightning_model import Pedenet
 
 

@@ -16,6 +16,7 @@ from anomalib_pedenet.aftercare.edits import EDITS, edit_checkpoint, read_checkp
 from anomalib_pedenet.aftercare.images import ImageSource, PreparedImages
 from anomalib_pedenet.aftercare.inspection import THRESHOLD, Truth
 from anomalib_pedenet.aftercare.inspector import Inspector
+from anomalib_pedenet.region import image_size_of, read_roi
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def teach_checkpoint(
     good_images: ImageSource,
     known_defects: ImageSource = (),
     known_good: ImageSource = (),
+    region: str | Path | None = None,
     force: bool = False,
     output: str | Path | None = None,
     device: str = "cpu",
@@ -84,6 +86,8 @@ def teach_checkpoint(
         good_images (ImageSource): Good images, or folders of them, of which at least one is flagged.
         known_defects (ImageSource): Defective images that must be flagged as before.
         known_good (ImageSource): Other good images, whose scores are looked at.
+        region (str | Path | None): Image file, white where the good images are good: what else is flagged on them is
+            not taught. They must be of one size. Defaults to ``None``, everywhere.
         force (bool): Whether to change the checkpoint even if known defects are no longer flagged.
             Defaults to ``False``.
         output (str | Path | None): Where to save the changed checkpoint. Defaults to the place of the old one.
@@ -94,7 +98,7 @@ def teach_checkpoint(
 
     Raises:
         LostDefectError: If known defects would no longer be flagged, and it is not forced.
-        ValueError: If none of the good images is flagged, or one was taught before.
+        ValueError: If none of the good images is flagged, one was taught before, or the region cannot be used.
         NotImplementedError: If the model's scorer cannot be taught.
     """
     inspector = Inspector(ckpt_path, device)
@@ -109,6 +113,7 @@ def teach_checkpoint(
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in to_teach.files]
     _check_are_new(ckpt_path, to_teach.files, digests)
 
+    within = None if region is None else _read_region(inspector, region, to_teach.files)
     before = [[_score(inspector, image) for image in images] for _, images in sources]
     distance = float(threshold / (1 - threshold)) * _SHARE_OF_THRESHOLD
     flagged = [index for index, score in enumerate(before[0]) if score > THRESHOLD]
@@ -120,7 +125,7 @@ def teach_checkpoint(
     old = {name: value.clone() for name, value in model.state_dict().items() if name.startswith("scorers.")}
     rest = flagged
     for _ in range(_ROUNDS):
-        taken = model.teach(to_teach.take(rest), distance / (1 + distance))
+        taken = model.teach(to_teach.take(rest), distance / (1 + distance), within)
         logger.info(
             "Taken for normal: %s.", ", ".join(f"{count} patches of {size} px" for size, count in taken.items())
         )
@@ -137,6 +142,25 @@ def teach_checkpoint(
     new = {f"model.{name}": value for name, value in model.state_dict().items() if name in old}
     details = {"files": [str(to_teach.files[index]) for index in flagged], "digests": [digests[i] for i in flagged]}
     return lessons, edit_checkpoint(ckpt_path, output, "teach", details, new)
+
+
+def _read_region(inspector: Inspector, file: str | Path, images: Sequence[Path]) -> torch.Tensor:
+    """Return a region of images, as it lies in pre-processed ones, bool ``[H, W]``.
+
+    Raises:
+        ValueError: If it cannot be used, or the images differ in size.
+    """
+    sizes = {image: image_size_of(image) for image in images}
+    size = sizes[images[0]]
+    for image, other in sizes.items():
+        if other != size:
+            msg = (
+                f"A region is taught on images of one size, but {images[0]} has {size[0]}x{size[1]} px and {image} "
+                f"{other[0]}x{other[1]}: teach them one after the other."
+            )
+            raise ValueError(msg)
+    transform = getattr(inspector.model.pre_processor, "transform", None) or torch.nn.Identity()
+    return read_roi(file, size, transform).to(inspector.model.device)
 
 
 def _score(inspector: Inspector, image: torch.Tensor) -> float:

@@ -19,12 +19,18 @@ from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_pedenet import Pedenet
-from anomalib_pedenet.aftercare import Inspector, calibrate_checkpoint, teach_checkpoint, undo_edit
+from anomalib_pedenet.aftercare import (
+    Inspector,
+    calibrate_checkpoint,
+    mask_checkpoint,
+    teach_checkpoint,
+    undo_edit,
+)
 from anomalib_pedenet.aftercare.command import main
 from anomalib_pedenet.aftercare.drift import draw_drift, find_drift
-from anomalib_pedenet.aftercare.edits import EDITS, read_checkpoint
-from anomalib_pedenet.aftercare.held_out import score_held_out
+from anomalib_pedenet.aftercare.edits import EDITS, edit_checkpoint, read_checkpoint
 from anomalib_pedenet.aftercare.teaching import LostDefectError
+from anomalib_pedenet.held_out import score_held_out
 from tests.integration.conftest import write_dataset
 
 DOCUMENT = Path(__file__).parents[2] / "docs/after_training.md"
@@ -45,6 +51,7 @@ def trainings(dataset_root: Path, tmp_path_factory: pytest.TempPathFactory) -> d
             bank_size=1_000,
             scorer=scorer,
             train_precision="float32",
+            seed=0,
         )
         engine = Engine(default_root_dir=tmp_path_factory.mktemp("results"), enable_progress_bar=False)
         engine.fit(model, datamodule=datamodule)
@@ -209,6 +216,116 @@ def test_a_known_defect_is_not_lost(checkpoint: Path, stripes: Path, tmp_path: P
     assert lessons[1].is_lost
 
 
+def paint(file: Path, *window: slice) -> Path:
+    """Write an image that is white in a window."""
+    pixels = np.zeros((144, 160), dtype=np.uint8)
+    pixels[window] = 255
+    Image.fromarray(pixels).save(file)
+    return file
+
+
+def test_what_lies_outside_of_a_region_is_not_taught(
+    trainings: dict[str, tuple[Engine, Path]], stripes: Path, tmp_path: Path
+) -> None:
+    checkpoint = Path(shutil.copy(trainings["exact"][1], tmp_path / "model.ckpt"))
+    two = np.array(Image.open(stripes / "test/square/000.png"))
+    two[90:120, 20:50] = np.random.default_rng(0).integers(0, 256, (30, 30, 3))
+    Image.fromarray(two).save(tmp_path / "two.png")
+    region = paint(tmp_path / "region.png", slice(80, 144), slice(0, 70))
+    before = next(iter(Inspector(checkpoint).inspect(tmp_path / "two.png"))).anomaly_map
+    lessons, _ = teach_checkpoint(checkpoint, [tmp_path / "two.png"], region=region)
+    assert lessons[0].after > 0.5  # the square is a defect still
+    after = next(iter(Inspector(checkpoint).inspect(tmp_path / "two.png"))).anomaly_map
+    marked = (slice(95, 120), slice(20, 45))  # away from the square
+    assert after[marked].max() < 0.5 < before[marked].max()
+    row, column = np.unravel_index(after.argmax(), after.shape)
+    assert 24 < row < 96
+    assert 34 < column < 106  # at the square, or less than a small patch away
+    Image.fromarray(two[:100]).save(tmp_path / "smaller.png")
+    with pytest.raises(ValueError, match=r"images of one size, but .* has 144x160 px and .*smaller.png 100x160"):
+        teach_checkpoint(checkpoint, [stripes / "test/square/001.png", tmp_path / "smaller.png"], region=region)
+
+
+def test_known_defects_are_flagged_whatever_the_rate(checkpoint: Path, stripes: Path, tmp_path: Path) -> None:
+    faint = np.array(Image.open(stripes / "test/good/000.png")).astype(float)
+    faint[60:64, 60:64] += 3
+    (tmp_path / "faint").mkdir()
+    Image.fromarray(faint.astype(np.uint8)).save(tmp_path / "faint/000.png")
+    good = [stripes / "train/good"]
+    plain = calibrate_checkpoint(checkpoint, 0.2, training_images=good, output=tmp_path / "plain.ckpt")
+    assert plain.threshold == plain.chosen.threshold
+    (score,) = Inspector(tmp_path / "plain.ckpt").inspect(tmp_path / "faint")
+    assert not score.is_flagged
+    done = calibrate_checkpoint(checkpoint, 0.2, training_images=good, known_defects=tmp_path / "faint")
+    assert done.threshold < plain.threshold
+    (score,) = Inspector(checkpoint).inspect(tmp_path / "faint")
+    assert score.is_flagged
+    assert score.score == pytest.approx(0.5, abs=1e-5)
+    # Those that are found anyway change nothing.
+    easy = calibrate_checkpoint(checkpoint, 0.2, training_images=good, known_defects=stripes / "test/square")
+    assert easy.threshold == plain.threshold
+
+
+def test_a_masked_checkpoint_looks_at_its_region_alone(checkpoint: Path, stripes: Path, tmp_path: Path) -> None:
+    original = state(checkpoint)
+    roi = paint(tmp_path / "roi.png", slice(None), slice(0, 80))
+    picture = tmp_path / "region.png"
+    done = mask_checkpoint(checkpoint, roi, stripes / "train/good", picture)
+    assert done.visible == pytest.approx(0.5, abs=0.02)
+    inspector = Inspector(checkpoint)
+    width = inspector.model.model.region.visible.shape[-1]
+    (tmp_path / "other").mkdir()
+    for file in sorted((stripes / "test/square").iterdir()):
+        pixels = np.array(Image.open(file))
+        pixels[:, 80:] = 255 - pixels[:, 80:]
+        Image.fromarray(pixels).save(tmp_path / "other" / file.name)
+    for one, other in zip(
+        inspector.inspect(stripes / "test/square"), inspector.inspect(tmp_path / "other"), strict=True
+    ):
+        assert one.score == other.score
+        np.testing.assert_array_equal(one.anomaly_map, other.anomaly_map)
+        assert one.is_flagged  # the part of the square in the left half
+        assert not one.anomaly_map[:, width // 2 :].any()
+    # Training images score as is expected of good ones.
+    scores = [one.score for one in inspector.inspect_training_images(stripes / "train/good")]
+    assert max(scores) == pytest.approx(0.5, abs=1e-5)
+    shown = np.array(Image.open(picture))
+    assert shown[:, : width // 2 - 2].mean() > 3 * shown[:, width // 2 + 2 :].mean()
+    undone = undo_edit(checkpoint)
+    assert undone["what"] == "mask"
+    assert_equal_states(original, state(checkpoint))
+
+
+def test_a_mask_that_changes_the_scorer_is_undone(checkpoint: Path) -> None:
+    """With another scorer in use the state has other entries."""
+    changed = read_checkpoint(checkpoint)
+    names = {name for name in changed["state_dict"] if name.startswith("model.scorers.")}
+    edit_checkpoint(
+        checkpoint,
+        None,
+        "mask",
+        {},
+        {"model.scorers.16.other": torch.ones(3), "model.scorers.16.typical_score": torch.ones(())},
+        replaced=("model.scorers.",),
+    )
+    assert {name for name in state(checkpoint) if name.startswith("model.scorers.")} == {
+        "model.scorers.16.other",
+        "model.scorers.16.typical_score",
+    }
+    undo_edit(checkpoint)
+    assert {name for name in state(checkpoint) if name.startswith("model.scorers.")} == names
+    assert_equal_states(changed["state_dict"], state(checkpoint))
+
+
+def test_masks_that_hide_nothing_or_all_are_refused(checkpoint: Path, stripes: Path, tmp_path: Path) -> None:
+    original = state(checkpoint)
+    empty = paint(tmp_path / "empty.png", slice(0))
+    for roi, message in ((empty, "black all over"), ("auto", "No background of one colour was found")):
+        with pytest.raises(ValueError, match=message):
+            mask_checkpoint(checkpoint, roi, stripes / "train/good")
+    assert_equal_states(original, state(checkpoint))
+
+
 def test_an_export_after_a_lesson_has_learned_it(checkpoint: Path, stripes: Path, tmp_path: Path) -> None:
     from anomalib.deploy import ExportType, OpenVINOInferencer
 
@@ -239,6 +356,7 @@ def test_the_week_of_the_documentation(
     marked = np.array(Image.open(parts / "test/good/000.png"))
     marked[20:50, 100:130] = 0
     Image.fromarray(marked).save(tmp_path / "false_alarms/mark.png")
+    paint(tmp_path / "roi.png", slice(None), slice(0, 140))
     monkeypatch.chdir(tmp_path)
     original = state(checkpoint)
     text = DOCUMENT.read_text(encoding="utf-8")
@@ -247,6 +365,7 @@ def test_the_week_of_the_documentation(
         "report",
         "report",
         "explain",
+        "mask",
         "calibrate",
         "teach",
         "undo",
@@ -259,15 +378,16 @@ def test_the_week_of_the_documentation(
     assert str(tmp_path / "report.html") in printed[0].splitlines()[-1]
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert printed[2].count(".png") == 10
-    assert "Of 12 good images" in printed[3]
-    assert "Of 1 image(s) taught, 1 were flagged before, 0 are now." in printed[4]
-    assert "Of 3 image(s) defective, 3 were flagged before, 3 are now." in printed[4]
-    assert "Taken back: teach" in printed[5]
-    assert "No change was found in 12 images." in printed[6]
+    assert re.search("8[78]% of the images are looked at", printed[3])
+    assert "Of 12 good images" in printed[4]
+    assert "Of 1 image(s) taught, 1 were flagged before, 0 are now." in printed[5]
+    assert "Of 3 image(s) defective, 3 were flagged before, 3 are now." in printed[5]
+    assert "Taken back: teach" in printed[6]
+    assert "No change was found in 12 images." in printed[7]
     (python,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     exec(python, {})
     assert "new_parts/000.png" in capsys.readouterr().out
-    for what in ("calibrate", "calibrate"):
+    for what in ("calibrate", "calibrate", "mask"):
         assert undo_edit(checkpoint)["what"] == what
     assert_equal_states(original, state(checkpoint))
 

@@ -162,7 +162,9 @@ def test_a_second_training_of_a_model_leaves_nothing_of_the_first(datamodule: MV
     engine_in(tmp_path / "first").fit(model, datamodule=datamodule)
     assert model._shortened_to == 9
     assert model._origin["data"]["root"] == str(datamodule.root)
-    assert torch.isfinite(model.post_processor.image_threshold)
+    first_threshold = model.post_processor.image_threshold.clone()
+    assert torch.isfinite(first_threshold)
+    assert torch.isfinite(model.post_processor.image_min)
     other = MVTecAD(root=write_dataset(tmp_path / "other", num_train=4), category="stripes", num_workers=0)
     model.hparams.update(max_steps_at_chance=None, holdout=0.0)
     engine = engine_in(tmp_path / "second", limit_val_batches=0)
@@ -170,7 +172,8 @@ def test_a_second_training_of_a_model_leaves_nothing_of_the_first(datamodule: MV
     assert engine.trainer.global_step == 24
     assert model._origin["data"]["root"] == str(tmp_path / "other")
     assert model._held_back is None
-    assert torch.isnan(model.post_processor.image_threshold)
+    assert torch.isnan(model.post_processor.image_min)  # of a validation
+    assert model.post_processor.image_threshold != first_threshold  # by the other training images
     saved = torch.load(engine.best_model_path, weights_only=True)
     assert saved["pedenet_shortened_to"] is None
     assert saved["pedenet_origin"]["data"]["root"] == str(tmp_path / "other")

@@ -3,6 +3,7 @@
 
 """Scores from training to test: the same in every mode, in their order, with thresholds however images are split."""
 
+import copy
 import itertools
 import logging
 from pathlib import Path
@@ -177,30 +178,35 @@ def test_validation_scores_lie_within_0_and_1(trained: Path, root: Path) -> None
     ],
     ids=["no batches", "no images", "no split"],
 )
-def test_without_validation_the_training_images_set_the_limit_and_it_is_said_once(
+def test_without_validation_training_images_that_are_held_out_set_the_thresholds(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, trainer: dict[str, Any], split: dict[str, Any]
 ) -> None:
     engine, model = engine_in(tmp_path, **trainer), Pedenet(**SMALL)
     datamodule = folder(root, **split)
-    with caplog.at_level(logging.WARNING, logger="anomalib_pedenet"):
+    with caplog.at_level(logging.INFO, logger="anomalib_pedenet"):
         engine.fit(model, datamodule=datamodule)
-        engine.test(model, datamodule=datamodule, verbose=False)
-        batches = engine.predict(model, data_path=root / "train/good")
-    said = [
-        record.getMessage() for record in caplog.records if "No validation has set thresholds" in record.getMessage()
-    ]
-    assert len(said) == 1
-    assert "val_split_mode" in said[0]
-    # All six training images were looked at.
-    labels, scores = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("pred_label", "pred_score"))
-    assert not labels.any()
-    assert scores.max() == pytest.approx(0.5, abs=1e-6)
+    # Of six images and one more each is as likely as any other to have the highest score.
+    assert caplog.text.count("they are set by 6 training images") == 1
+    assert "14.3 % will be called defective on average" in caplog.text
+    files = sorted((root / "train/good").glob("*.png"))
+    batches = [model.pre_processor(read_image(str(file))[None] / 255) for file in files]
+    scores = []
+    for part in range(4):
+        probe = copy.deepcopy(model.model)
+        probe.fit([batch for index, batch in enumerate(batches) if index % 4 != part], 8)
+        scores += [float(probe(batch).pred_score) for batch in batches[part::4]]
+    assert float(model.post_processor.image_threshold) == pytest.approx(max(scores), abs=1e-6)
+    assert torch.equal(model.post_processor.image_threshold, model.post_processor.pixel_threshold)
+
     caplog.clear()
     loaded = Pedenet.load_from_checkpoint(engine.best_model_path)
     with caplog.at_level(logging.WARNING, logger="anomalib_pedenet"):
-        engine_in(tmp_path).predict(loaded, data_path=root / "test/good")
+        batches = engine_in(tmp_path).predict(loaded, data_path=root / "train/good")
         loaded.to_torch(tmp_path / "export")
-    assert caplog.text.count("No validation has set thresholds") == 1
+    assert "thresholds" not in caplog.text
+    assert torch.equal(loaded.post_processor.image_threshold, model.post_processor.image_threshold)
+    assert batches is not None
+    assert not any(batch.pred_label.any() for batch in batches)
 
 
 @pytest.mark.parametrize(

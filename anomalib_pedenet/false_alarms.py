@@ -19,6 +19,9 @@ from typing import NamedTuple
 
 from scipy.stats import beta
 
+DEFAULT_RATE = 0.01
+"""Fraction of good images that may be flagged, where nothing else is asked for and there are images enough."""
+
 
 class FalseAlarmThreshold(NamedTuple):
     """A threshold, and what may be expected of it.
@@ -36,6 +39,11 @@ class FalseAlarmThreshold(NamedTuple):
     low: float
     high: float
     num_images: int
+
+
+def lowest_rate(num_images: int) -> float:
+    """Return the lowest rate of false alarms that can be kept by a number of good images."""
+    return 1 / (num_images + 1)
 
 
 def choose_threshold(scores: Sequence[float], rate: float) -> FalseAlarmThreshold:
@@ -69,7 +77,7 @@ def choose_threshold(scores: Sequence[float], rate: float) -> FalseAlarmThreshol
     if rank > count:
         needed = math.ceil(1 / rate - 1 - 1e-9)
         msg = (
-            f"With {count} good image(s) no rate below 1 in {count + 1} ({1 / (count + 1):.2%}) can be kept, and "
+            f"With {count} good image(s) no rate below 1 in {count + 1} ({lowest_rate(count):.2%}) can be kept, and "
             f"{rate:.2%} was asked for: give {needed} or more, or allow a higher rate."
         )
         raise ValueError(msg)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anomalib_pedenet.aftercare.false_alarms import choose_threshold
+from anomalib_pedenet.false_alarms import choose_threshold
 
 
 @given(st.lists(st.floats(0, 1), min_size=9, max_size=60), st.floats(0.1, 0.9))
