@@ -34,6 +34,7 @@ TRAINED: dict[str, Any] = {
 # Another value of each argument than that of the checkpoint and the default.
 OTHER: dict[str, Any] = {
     "image_size": [128, 128],
+    "roi": "auto",
     "patch_sizes": [32],
     "scored_sizes": [24, 32],
     "stride": 16,
@@ -87,7 +88,7 @@ OTHER: dict[str, Any] = {
 }
 
 OF_THE_WEIGHTS = {"image_size", "patch_sizes", "embedding_dim", "num_components", "batch_norm"}
-OF_THE_BANK = {"scored_sizes", "scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight"}
+OF_THE_BANK = {"roi", "scored_sizes", "scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight"}
 ALWAYS_USED = {"stride", "combination", "post_processor", "evaluator", "visualizer"}
 NEVER_USED = OF_THE_WEIGHTS | {"pre_trained", "pre_processor"}
 # Not in a training that goes on; `training_mode` needs a lambda_syn of 0, which would drop a network.
@@ -98,7 +99,17 @@ COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")
 COMMANDS = ("test", "predict", "export", "train")
 
 # One of each kind; the others take minutes, and are among the slow tests.
-SAMPLE = {"image_size", "scored_sizes", "stride", "scorer", "bank_size", "max_steps", "learning_rate", "post_processor"}
+SAMPLE = {
+    "image_size",
+    "roi",
+    "scored_sizes",
+    "stride",
+    "scorer",
+    "bank_size",
+    "max_steps",
+    "learning_rate",
+    "post_processor",
+}
 
 
 def is_used(name: str, command: str) -> bool:
