@@ -10,6 +10,7 @@ back. The command ``anomalib-pedenet`` (:mod:`anomalib_pedenet.aftercare.command
 
 from anomalib_pedenet.aftercare.calibration import Calibration, calibrate_checkpoint
 from anomalib_pedenet.aftercare.edits import undo_edit
+from anomalib_pedenet.aftercare.exported import set_export_thresholds
 from anomalib_pedenet.aftercare.inspection import Inspection
 from anomalib_pedenet.aftercare.inspector import Inspector
 from anomalib_pedenet.aftercare.masking import Masking, mask_checkpoint
@@ -24,6 +25,7 @@ __all__ = [
     "Masking",
     "calibrate_checkpoint",
     "mask_checkpoint",
+    "set_export_thresholds",
     "teach_checkpoint",
     "undo_edit",
     "write_report",

@@ -13,6 +13,7 @@ import numpy as np
 from anomalib_pedenet.aftercare.calibration import calibrate_checkpoint
 from anomalib_pedenet.aftercare.drift import draw_drift, find_drift
 from anomalib_pedenet.aftercare.edits import undo_edit
+from anomalib_pedenet.aftercare.exported import set_export_thresholds
 from anomalib_pedenet.aftercare.inspection import THRESHOLD
 from anomalib_pedenet.aftercare.inspector import Inspector
 from anomalib_pedenet.aftercare.masking import mask_checkpoint
@@ -59,7 +60,7 @@ def calibrate(
         )
     else:
         print(_expectation(chosen))
-    print(f"Saved in {done.ckpt_path}. Exports made before keep their old threshold: export again.")
+    print(f"Saved in {done.ckpt_path}. Exports made before keep their old threshold: export again, or move theirs.")
 
 
 def _expectation(chosen: FalseAlarmThreshold) -> str:
@@ -244,6 +245,21 @@ def _print_lessons(lessons: Sequence[Lesson]) -> None:
         print(f"Of {len(chosen)} image(s) {role}, {before} were flagged before, {after} are now.")
 
 
+def threshold(model_path: str, image: float = 0.5, pixel: float = 0.5, output: str | None = None) -> None:
+    """Move the thresholds of an exported model (OpenVINO, ONNX), without exporting it again.
+
+    What has the given score now is at 0.5 afterwards, where the threshold is. Above 0.5 less is flagged, below more.
+
+    Args:
+        model_path: model.xml or model.onnx of an export.
+        image: Score above which images are to be flagged, as the model gives it now.
+        pixel: The same for pixels.
+        output: Where to save the changed model; by default in the place of the old one.
+    """
+    written = set_export_thresholds(model_path, image, pixel, output)
+    print(f"What scored {image:g} (images) and {pixel:g} (pixels) is at the threshold of 0.5 now. Saved in {written}.")
+
+
 def undo(ckpt_path: str, output: str | None = None) -> None:
     """Take the latest change of a checkpoint (teach, calibrate, mask) back: every number is as before.
 
@@ -259,9 +275,11 @@ def main() -> None:
     """Run the command."""
     try:
         jsonargparse.CLI(
-            [report, explain, calibrate, teach, mask, undo, drift], prog="anomalib-pedenet", as_positional=False
+            [report, explain, mask, calibrate, teach, undo, drift, threshold],
+            prog="anomalib-pedenet",
+            as_positional=False,
         )
-    except (NotImplementedError, OSError, RuntimeError, ValueError) as error:
+    except (ImportError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"anomalib-pedenet: {error}")
 
 

@@ -23,6 +23,7 @@ from anomalib_pedenet.aftercare import (
     Inspector,
     calibrate_checkpoint,
     mask_checkpoint,
+    set_export_thresholds,
     teach_checkpoint,
     undo_edit,
 )
@@ -337,6 +338,64 @@ def test_an_export_after_a_lesson_has_learned_it(checkpoint: Path, stripes: Path
     assert float(np.squeeze(prediction.pred_score)) == pytest.approx(lessons[0].after, abs=1e-3)
 
 
+@pytest.mark.parametrize("export_type", ["onnx", "openvino"])
+def test_an_export_gets_other_thresholds(
+    export_type: str, trainings: dict[str, tuple[Engine, Path]], stripes: Path, tmp_path: Path
+) -> None:
+    import onnxruntime
+    import openvino
+
+    def scores_of(path: Path) -> dict[str, np.ndarray]:
+        image = np.array(Image.open(stripes / "test/square/000.png"), dtype=np.float32).transpose(2, 0, 1)[None] / 255
+        if path.suffix == ".onnx":
+            session = onnxruntime.InferenceSession(path)
+            return dict(
+                zip([one.name for one in session.get_outputs()], session.run(None, {"input": image}), strict=True)
+            )
+        found = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(image)
+        return {name: found[name] for name in ("pred_score", "pred_label", "anomaly_map", "pred_mask")}
+
+    exported = Engine().export(Pedenet(), export_type, export_root=tmp_path, ckpt_path=trainings["exact"][1])
+    path = Path(exported)
+    before = scores_of(path)
+    score = float(before["pred_score"].squeeze())
+    changed = set_export_thresholds(path, score * 0.99, 0.7, tmp_path / f"new/model{path.suffix}")
+    after = scores_of(changed)
+    # In units of the threshold distances are divided by that of the new one.
+    for name, threshold in (("pred_score", score * 0.99), ("anomaly_map", 0.7)):
+        distance = before[name] / (1 - before[name]) / (threshold / (1 - threshold))
+        np.testing.assert_allclose(after[name], distance / (1 + distance), atol=1e-5)
+    assert after["pred_label"].all()
+    np.testing.assert_array_equal(after["pred_mask"], after["anomaly_map"] > 0.5)
+    assert {name: (value.shape, value.dtype) for name, value in after.items()} == {
+        name: (value.shape, value.dtype) for name, value in before.items()
+    }
+    set_export_thresholds(path, image=1 - (1 - score) * 0.99)
+    assert not scores_of(path)["pred_label"].any()
+    # In place, and back again.
+    set_export_thresholds(changed, pixel=0.3)
+    np.testing.assert_allclose(scores_of(changed)["anomaly_map"], before["anomaly_map"], atol=1e-5)
+
+
+def test_exports_and_thresholds_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    with pytest.raises(ValueError, match=r"image threshold must be a score above 0 and below 1, got 1"):
+        set_export_thresholds(tmp_path / "model.onnx", image=1.0)
+    with pytest.raises(ValueError, match=r"no exported model .*model.pt: give the model.xml or model.onnx"):
+        set_export_thresholds(tmp_path / "model.pt")
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("input", "output")]
+    graph = helper.make_graph([helper.make_node("Abs", ["input"], ["output"])], "other", value[:1], value[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "a.onnx")
+    content = (tmp_path / "a.onnx").read_bytes()
+    with pytest.raises(ValueError, match="has no output pred_score: give a model that anomalib exported"):
+        set_export_thresholds(tmp_path / "a.onnx", image=0.6)
+    with pytest.raises(ValueError, match=r"must end with .onnx"):
+        set_export_thresholds(tmp_path / "a.onnx", output=tmp_path / "a.xml")
+    assert (tmp_path / "a.onnx").read_bytes() == content
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["anomalib-pedenet", *map(str, arguments)])
     main()
@@ -369,8 +428,10 @@ def test_the_week_of_the_documentation(
         "calibrate",
         "teach",
         "undo",
+        "threshold",
         "drift",
     ]
+    Engine().export(Pedenet(), "openvino", export_root=tmp_path, ckpt_path=checkpoint)
     printed = []
     for command in commands:
         run(monkeypatch, *command)
@@ -383,7 +444,8 @@ def test_the_week_of_the_documentation(
     assert "Of 1 image(s) taught, 1 were flagged before, 0 are now." in printed[5]
     assert "Of 3 image(s) defective, 3 were flagged before, 3 are now." in printed[5]
     assert "Taken back: teach" in printed[6]
-    assert "No change was found in 12 images." in printed[7]
+    assert "is at the threshold of 0.5 now" in printed[7]
+    assert "No change was found in 12 images." in printed[8]
     (python,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     exec(python, {})
     assert "new_parts/000.png" in capsys.readouterr().out
