@@ -3,8 +3,10 @@
 
 """Good images that a model flags, taught to a checkpoint as good."""
 
+import copy
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +18,19 @@ from anomalib_pedenet.aftercare.edits import EDITS, edit_checkpoint, read_checkp
 from anomalib_pedenet.aftercare.images import ImageSource, PreparedImages
 from anomalib_pedenet.aftercare.inspection import THRESHOLD, Truth
 from anomalib_pedenet.aftercare.inspector import Inspector
+from anomalib_pedenet.false_alarms import choose_threshold
+from anomalib_pedenet.post_processor import THRESHOLDS
 from anomalib_pedenet.region import image_size_of, read_roi
+from anomalib_pedenet.torch_model import PedenetModel
 
 logger = logging.getLogger(__name__)
 
 # Patches are taken where a pixel lies more than half as far from what is normal as the threshold, so that others of
 # the kind are not flagged either.
 _SHARE_OF_THRESHOLD = 0.5
+
+# Of images like the taught ones so many may be flagged, as far as known defects allow it.
+_STILL_FLAGGED = 1 / 3
 
 # A round takes in a few patches of each image. What is still flagged then is taught again, at most so often.
 _ROUNDS = 4
@@ -79,7 +87,9 @@ def teach_checkpoint(
 ) -> tuple[list[Lesson], Path]:
     """Teach a checkpoint that images which it flags are good.
 
-    What is flagged on them is normal from then on, without training. The threshold stays.
+    What is flagged on them is normal from now on, without training. With known defects the threshold rises, if need be,
+    until two thirds of the images like the taught ones pass. It goes by what taught images score when others of them
+    are taught.
 
     Args:
         ckpt_path (str | Path): Checkpoint.
@@ -103,9 +113,9 @@ def teach_checkpoint(
     """
     inspector = Inspector(ckpt_path, device)
     model, processor = inspector.model.model, inspector.model.post_processor
-    threshold = torch.tensor(THRESHOLD)
+    threshold = THRESHOLD
     if isinstance(processor, PostProcessor):
-        threshold = torch.nan_to_num(processor.image_threshold.cpu(), nan=THRESHOLD)
+        threshold = float(torch.nan_to_num(processor.image_threshold, nan=THRESHOLD))
     sources: list[tuple[str, PreparedImages]] = [("taught", inspector.prepared(good_images))]
     roles: list[tuple[Truth, ImageSource]] = [("defective", known_defects), ("good", known_good)]
     sources += [(role, inspector.prepared(source)) for role, source in roles if source]
@@ -114,34 +124,105 @@ def teach_checkpoint(
     _check_are_new(ckpt_path, to_teach.files, digests)
 
     within = None if region is None else _read_region(inspector, region, to_teach.files)
-    before = [[_score(inspector, image) for image in images] for _, images in sources]
-    distance = float(threshold / (1 - threshold)) * _SHARE_OF_THRESHOLD
-    flagged = [index for index, score in enumerate(before[0]) if score > THRESHOLD]
+    before = [[_score(model, image) for image in images] for _, images in sources]
+    flagged = [index for index, score in enumerate(before[0]) if score > threshold]
     if not flagged:
         msg = (
             f"None of the {len(to_teach)} good image(s) is flagged, {to_teach.files[0]} for instance: nothing to teach."
         )
         raise ValueError(msg)
-    old = {name: value.clone() for name, value in model.state_dict().items() if name.startswith("scorers.")}
-    rest = flagged
-    for _ in range(_ROUNDS):
-        taken = model.teach(to_teach.take(rest), distance / (1 + distance), within)
-        logger.info(
-            "Taken for normal: %s.", ", ".join(f"{count} patches of {size} px" for size, count in taken.items())
-        )
-        rest = [index for index in rest if _score(inspector, to_teach[index]) > THRESHOLD]
-        if not rest:
-            break
+    teacher = _Teacher(model, to_teach, threshold, within)
+    held_out = teacher.scores_of_others(flagged) if known_defects else []
+    teacher.teach(flagged)
+    after = [[_score(model, image) for image in images] for _, images in sources]
+    new_threshold = threshold
+    if known_defects:
+        new_threshold = _raise_threshold(threshold, held_out, before[1], after[1])
     lessons = [
-        Lesson(file, role, score, _score(inspector, image))
-        for (role, images), scores in zip(sources, before, strict=True)
-        for file, score, image in zip(images.files, scores, images, strict=True)
+        Lesson(file, role, _normalized(scores[0], threshold), _normalized(scores[1], new_threshold))
+        for (role, images), *of_role in zip(sources, before, after, strict=True)
+        for file, *scores in zip(images.files, *of_role, strict=True)
     ]
     if any(lesson.is_lost for lesson in lessons) and not force:
         raise LostDefectError(lessons)
-    new = {f"model.{name}": value for name, value in model.state_dict().items() if name in old}
-    details = {"files": [str(to_teach.files[index]) for index in flagged], "digests": [digests[i] for i in flagged]}
-    return lessons, edit_checkpoint(ckpt_path, output, "teach", details, new)
+    state = model.state_dict()
+    tensors = {f"model.{name}": value for name, value in state.items() if name.startswith("scorers.")}
+    if new_threshold > threshold:
+        tensors |= {f"post_processor.{name}": torch.tensor(new_threshold) for name in THRESHOLDS[:2]}
+    details = {
+        "files": [str(to_teach.files[index]) for index in flagged],
+        "digests": [digests[index] for index in flagged],
+        "threshold": new_threshold,
+    }
+    return lessons, edit_checkpoint(ckpt_path, output, "teach", details, tensors)
+
+
+class _Teacher:
+    """Teaches good images to a model.
+
+    Args:
+        model (PedenetModel): The model.
+        images (PreparedImages): Good images.
+        threshold (float): Score, as the model gives it, above which an image is flagged.
+        within (torch.Tensor | None): Where the images are good, bool ``[H, W]``; ``None`` for everywhere.
+    """
+
+    def __init__(
+        self, model: PedenetModel, images: PreparedImages, threshold: float, within: torch.Tensor | None
+    ) -> None:
+        self._model, self._images = model, images
+        self._threshold, self._within = threshold, within
+
+    def teach(self, positions: Sequence[int]) -> None:
+        """Teach some of the images, again as long as they are flagged."""
+        distance = self._threshold / (1 - self._threshold) * _SHARE_OF_THRESHOLD
+        rest = list(positions)
+        for _ in range(_ROUNDS):
+            taken = self._model.teach(self._images.take(rest), distance / (1 + distance), self._within)
+            logger.info(
+                "Taken for normal: %s.", ", ".join(f"{count} patches of {size} px" for size, count in taken.items())
+            )
+            rest = [index for index in rest if _score(self._model, self._images[index]) > self._threshold]
+            if not rest:
+                break
+
+    def scores_of_others(self, positions: Sequence[int]) -> list[float]:
+        """Return what some of the images score if others of them are taught; the model stays as it is.
+
+        Each half is scored after the other one was taught. A single image has no others.
+        """
+        halves = [positions[0::2], positions[1::2]]
+        if not halves[1]:
+            return []
+        scorers, scores = self._model.scorers, []
+        for half, others in (halves, halves[::-1]):
+            self._model.scorers = copy.deepcopy(scorers)
+            self.teach(others)
+            scores += [_score(self._model, self._images[index]) for index in half]
+        self._model.scorers = scorers
+        return scores
+
+
+def _raise_threshold(
+    threshold: float, held_out: Sequence[float], defects_before: Sequence[float], defects_after: Sequence[float]
+) -> float:
+    """Return a threshold by which most images that are like the taught ones pass, and known defects do not.
+
+    Args:
+        threshold (float): The present one, below which it does not fall.
+        held_out (Sequence[float]): What taught images score if others are taught.
+        defects_before (Sequence[float]): Scores of known defects before.
+        defects_after (Sequence[float]): Scores of the same afterwards.
+
+    Returns:
+        float: At most half-way, in the logarithm of the distance, to the lowest of the known defects that were flagged.
+    """
+    found = [after for before, after in zip(defects_before, defects_after, strict=True) if before > threshold]
+    if not held_out or not found or min(found) <= threshold:
+        return threshold
+    between = math.sqrt(threshold / (1 - threshold) * min(found) / (1 - min(found)))
+    wanted = choose_threshold(held_out, _STILL_FLAGGED).threshold
+    return max(threshold, min(wanted, between / (1 + between)))
 
 
 def _read_region(inspector: Inspector, file: str | Path, images: Sequence[Path]) -> torch.Tensor:
@@ -163,9 +244,14 @@ def _read_region(inspector: Inspector, file: str | Path, images: Sequence[Path])
     return read_roi(file, size, transform).to(inspector.model.device)
 
 
-def _score(inspector: Inspector, image: torch.Tensor) -> float:
-    """Return the normalised score of a pre-processed image."""
-    return float(inspector.normalize(inspector.model.model(image)).pred_score)
+def _score(model: PedenetModel, image: torch.Tensor) -> float:
+    """Return the score of a pre-processed image, before normalisation."""
+    return float(model(image).pred_score)
+
+
+def _normalized(score: float, threshold: float) -> float:
+    """Return a score as it is given out, with the threshold at 0.5."""
+    return score * (1 - threshold) / (score * (1 - threshold) + (1 - score) * threshold)
 
 
 def _check_are_new(ckpt_path: str | Path, files: Sequence[Path], digests: Sequence[str]) -> None:

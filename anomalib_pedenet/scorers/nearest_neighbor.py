@@ -167,6 +167,22 @@ def _largest(products: torch.Tensor, count: int) -> torch.Tensor:
     return products.topk(min(count, products.shape[-1]), dim=-1).values
 
 
+def _farthest(rows: torch.Tensor, bank: torch.Tensor, count: int, least: float) -> torch.Tensor:
+    """Return at most ``count`` rows: each time the one farthest from a bank and from those before, if by ``least``.
+
+    The first is among them in any case.
+    """
+    distances = torch.cat([torch.cdist(part, bank).amin(dim=1) for part in rows.split(_TYPICAL_ROWS)])
+    chosen: list[int] = []
+    while len(chosen) < count:
+        position = int(distances.argmax())
+        if chosen and distances[position] <= least:
+            break
+        chosen.append(position)
+        distances = torch.minimum(distances, (rows - rows[position]).norm(dim=1))
+    return rows[chosen]
+
+
 def _least_redundant(rows: torch.Tensor, count: int) -> torch.Tensor:
     """Return the positions, in order, of ``count`` rows: those without which others are farthest from the next one.
 
@@ -255,16 +271,15 @@ class NearestNeighborScorer(MemoryBankScorer):
     def teach(self, embeddings: torch.Tensor) -> None:
         """Put further embeddings into the bank.
 
-        The bank does not grow beyond ``bank_size``: what is added is a tenth of it at most, chosen far apart, and takes
-        the place of the rows that others are nearest to.
+        The bank does not grow beyond ``bank_size``: what is added is a tenth of it at most, and takes the place of the
+        rows that others are nearest to. Each time it is the embedding that is farthest from the bank and from all that
+        was added before, until none is farther than a normal one typically is.
 
         Args:
             embeddings (torch.Tensor): Embeddings ``[N, Z]``, one or more.
         """
         limit = max(1, len(self.rows) // _TAUGHT_PART)
-        builder = make_bank_builder("k_center", limit, self.seed)
-        builder.update(embeddings.to(self.rows) - self.mean)
-        taught = builder.build()
+        taught = _farthest(embeddings.to(self.rows) - self.mean, self.bank, limit, float(self.typical_score))
         room = int(self.bank_size) - len(self.rows) if self.bank_size >= 1 else 0
         kept = self.bank[_least_redundant(self.bank, len(self.rows) - max(0, len(taught) - max(0, room)))]
         self.rows = append_norms(torch.cat([kept, taught]))
