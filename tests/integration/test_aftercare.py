@@ -52,7 +52,7 @@ def trainings(dataset_root: Path, tmp_path_factory: pytest.TempPathFactory) -> d
             bank_size=1_000,
             scorer=scorer,
             train_precision="float32",
-            seed=0,
+            seed=1,
         )
         engine = Engine(default_root_dir=tmp_path_factory.mktemp("results"), enable_progress_bar=False)
         engine.fit(model, datamodule=datamodule)
