@@ -3,9 +3,13 @@
 
 """From patch scores to pixel scores: the mean over all patches that cover a pixel (section 3.4 of the paper).
 
-On a regular grid of square patches, the set of patches that cover a pixel is a product of an interval of rows and an
-interval of columns, so the mean is separable: ``map = A_h @ scores @ A_w.T`` with one small averaging matrix for each
-axis. That is exact, takes a few million multiplications for a 256x256 image at the finest stride, and exports as two
+Patches lie on a grid, in steps of the stride. The mean over those that cover a pixel would change from one pixel to the
+next at each step and be constant between, so that the map would look like a mosaic. So patches are weighed by how much
+of a window around the pixel they cover, as wide as a step: then the map changes evenly. At the finest stride, the
+paper's, both are the same but for a pixel or two.
+
+On a regular grid of square patches this is separable: ``map = A_h @ scores @ A_w.T`` with one small averaging matrix
+for each axis. It takes a few million multiplications for a 256x256 image at the finest stride, and exports as two
 matrix products.
 """
 
@@ -26,7 +30,7 @@ def averaging_matrix(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """Return the matrix that averages patch scores over the patches covering each pixel of one axis.
+    """Return the matrix that averages patch scores over the patches that cover each pixel of one axis, and its window.
 
     Args:
         size (int): Side H of the image along the axis, in pixels.
@@ -36,9 +40,10 @@ def averaging_matrix(
         device (torch.device | None): Device of the result.
 
     Returns:
-        torch.Tensor: ``[H, h]`` for h patches along the axis, each row summing to 1. Pixels beyond the last patch
+        torch.Tensor: ``[H, h]`` for h patches along the axis, each row summing to 1: in proportion to how much of the
+            pixel's window, ``stride`` wide with the pixel in its middle, a patch covers. Pixels beyond the last patch
             (fewer than ``stride``, where the stride does not divide ``size - patch_size``) have the row of the last
-            covered pixel; so have, for strides above the patch size, the gaps between patches.
+            covered pixel.
 
     Raises:
         ValueError: If the image is smaller than a patch.
@@ -50,20 +55,20 @@ def averaging_matrix(
                 [0.0000, 0.5000, 0.5000, 0.0000],
                 [0.0000, 0.0000, 0.5000, 0.5000],
                 [0.0000, 0.0000, 0.0000, 1.0000]])
+        >>> averaging_matrix(8, patch_size=4, stride=4)[1:7, 0]
+        tensor([1.0000, 0.8750, 0.6250, 0.3750, 0.1250, 0.0000])
     """
     count = grid_size((size, size), patch_size, stride)[0]
     starts = torch.arange(count, device=device) * stride  # [h]
-    pixels = torch.arange(size, device=device)
-    # A pixel that no patch covers takes the place of the last one before it that a patch does cover.
-    last_start = torch.clamp(pixels // stride, max=count - 1) * stride
-    pixels = torch.minimum(pixels, last_start + patch_size - 1)
-    covers = (starts <= pixels[:, None]) & (pixels[:, None] < starts + patch_size)  # [H, h]
-    covers = covers.to(dtype)
-    return covers / covers.sum(dim=1, keepdim=True)
+    last_covered = (count - 1) * stride + patch_size - 1
+    centers = torch.arange(size, device=device).clamp(max=last_covered)[:, None] + 0.5  # [H, 1]
+    stops = torch.minimum(centers + stride / 2, starts + patch_size)
+    covered = (stops - torch.maximum(centers - stride / 2, starts)).clamp(min=0).to(dtype)  # [H, h]
+    return covered / covered.sum(dim=1, keepdim=True)
 
 
 def scores_to_map(scores: torch.Tensor, image_size: tuple[int, int], patch_size: int, stride: int) -> torch.Tensor:
-    """Turn patch scores into pixel scores: the mean over the patches that cover each pixel.
+    """Turn patch scores into pixel scores: the mean over the patches that cover each pixel, see the module.
 
     Args:
         scores (torch.Tensor): Patch scores ``[B, h, w]`` on the grid of :func:`anomalib_pedenet.patches.grid_size`.

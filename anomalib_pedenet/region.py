@@ -99,28 +99,29 @@ class RegionOfInterest(DynamicBufferMixin, nn.Module):
         """Return which pixels of images of some height and width are visible, bool ``[H, W]``."""
         return self.of(size)[0, 0] > 0
 
-    def patches(self, size: tuple[int, int], patch_size: int, stride: int, wholly: bool = False) -> torch.Tensor:
-        """Return which patches of images of some height and width show a visible pixel.
+    def patches(self, size: tuple[int, int], patch_size: int, stride: int, margin: int = 0) -> torch.Tensor:
+        """Return which patches of images of some height and width show a visible pixel, or come near to one.
 
         Args:
             size (tuple[int, int]): Height and width of the images in pixels.
             patch_size (int): Side of a patch in pixels.
             stride (int): Distance between neighbouring patches in pixels.
-            wholly (bool): Whether all of their pixels must be visible. Where no patch is, one will do.
-                Defaults to ``False``.
+            margin (int): How near in pixels. Defaults to ``0``.
 
         Returns:
             torch.Tensor: Bool ``[h, w]``, true for at least one patch.
         """
         if self.is_everywhere:
             return torch.ones(grid_size(size, patch_size, stride), dtype=torch.bool, device=self.visible.device)
-        visible = self.of(size)
-        whole = -F.max_pool2d(-visible, patch_size, stride)[0, 0] > 0
-        if wholly and bool(whole.any()):
-            return whole
-        partly = F.max_pool2d(visible, patch_size, stride)[0, 0] > 0
+        near = F.max_pool2d(self.of(size), 2 * margin + 1, 1, margin)
+        found = F.max_pool2d(near, patch_size, stride)[0, 0] > 0
         # Pixels beyond the last patch may be all that is visible.
-        return partly if bool(partly.any()) else torch.ones_like(partly)
+        return found if bool(found.any()) else torch.ones_like(found)
+
+    def whole_patches(self, size: tuple[int, int], patch_size: int, stride: int) -> torch.Tensor:
+        """Return which patches are visible all over; where none is, those of :meth:`patches`."""
+        whole = -F.max_pool2d(-self.of(size), patch_size, stride)[0, 0] > 0
+        return whole if bool(whole.any()) else self.patches(size, patch_size, stride)
 
     def crop_positions(self, size: tuple[int, int], crop: tuple[int, int]) -> torch.Tensor:
         """Return where crops that show much of the region may lie.

@@ -359,7 +359,7 @@ class PedenetModel(nn.Module):
             for size, grid in self._embed(tiles, stride).items():
                 embeddings = self._arrange(grid, size, tiles, stride)
                 if not self._goes_by_place:  # as such scorers take whole grids
-                    embeddings = embeddings[:, self.region.patches((tiles.shape[-2], tiles.shape[-1]), size, stride)]
+                    embeddings = embeddings[:, self._shown_patches(tiles.shape[-2:], size, stride)]
                 if index == 0:
                     count = len(batches) * embeddings.shape[:-1].numel() if isinstance(batches, Sized) else None
                     self.scorers[str(size)].reset(count)
@@ -424,14 +424,14 @@ class PedenetModel(nn.Module):
     ) -> None:
         """Fit the projection of a scale and choose the weight of the position for a scorer, unless it is given."""
         if str(size) in self.projections:
-            visible = grid[..., self.region.patches(image_size, size, stride)]  # [N, channels, P]
+            visible = grid[..., self._shown_patches(image_size, size, stride)]  # [N, channels, P]
             self.projections[str(size)].fit(visible[:, :, None])
         if self.position_weight == "auto":
             weight = 0.0
             if self.tiler is None and scorer_class(scorer).encodes_position:
                 # The edge of what is hidden lies in the same place of all images, whatever they show.
-                wholly_visible = self.region.patches(image_size, size, stride, wholly=True)
-                weight = choose_weight(self._project(grid, size), image_size, stride, chosen=wholly_visible)
+                whole = self.region.whole_patches(image_size, size, stride)
+                weight = choose_weight(self._project(grid, size), image_size, stride, chosen=whole)
             self.position_encodings[str(size)].weight.fill_(weight)
 
     @torch.no_grad()
@@ -614,6 +614,11 @@ class PedenetModel(nn.Module):
         shares = self.scale_shares
         used = [self.scored_sizes.index(size) for size in shares]
         return self.map_offsets[used], self.map_spreads[used], list(shares.values())
+
+    def _shown_patches(self, size: Sequence[int], patch_size: int, stride: int) -> torch.Tensor:
+        """Return which patches of images of some height and width have a part in visible pixels' scores, ``[h, w]``."""
+        # A pixel's score is that of its window, which reaches half a step of the map to each side.
+        return self.region.patches((size[0], size[1]), patch_size, stride, margin=self.stride // 2)
 
     @property
     def _goes_by_place(self) -> bool:

@@ -60,9 +60,12 @@ def trainings(dataset_root: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return trainings
 
 
-@pytest.fixture(params=SCORERS)
+@pytest.fixture
 def trained(request: pytest.FixtureRequest, trainings: dict[str, tuple[Engine, Path]]) -> tuple[Engine, Path]:
-    return trainings[request.param]
+    return trainings[getattr(request, "param", "exact")]
+
+
+with_both_scorers = pytest.mark.parametrize("trained", SCORERS, indirect=True)
 
 
 @pytest.fixture
@@ -103,6 +106,7 @@ def test_an_inspection_is_what_anomalib_predicts(trained: tuple[Engine, Path], s
         assert one.image[60, 70].tolist() == [240, 240, 240]  # the square, in its place
 
 
+@with_both_scorers
 def test_an_explanation_is_what_a_search_of_all_patches_finds(trained: tuple[Engine, Path], stripes: Path) -> None:
     inspector = Inspector(trained[1])
     model = inspector.model.model
@@ -131,6 +135,7 @@ def test_an_explanation_is_what_a_search_of_all_patches_finds(trained: tuple[Eng
     assert explanation.distance > 2  # in units of that between normal images
 
 
+@with_both_scorers
 def test_a_training_image_is_scored_by_what_is_fitted_on_the_others(
     trained: tuple[Engine, Path], stripes: Path
 ) -> None:
@@ -180,6 +185,7 @@ def test_calibration_sets_both_thresholds_and_is_undone(checkpoint: Path, stripe
     assert_equal_states(original, state(output))
 
 
+@with_both_scorers
 def test_what_is_taught_is_passed_and_undone(checkpoint: Path, stripes: Path) -> None:
     original = state(checkpoint)
     square = stripes / "test/square"
@@ -205,6 +211,7 @@ def test_what_is_taught_is_passed_and_undone(checkpoint: Path, stripes: Path) ->
         undo_edit(checkpoint)
 
 
+@with_both_scorers
 def test_a_known_defect_is_not_lost(checkpoint: Path, stripes: Path, tmp_path: Path) -> None:
     original = state(checkpoint)
     square = stripes / "test/square/000.png"
@@ -267,6 +274,7 @@ def test_known_defects_are_flagged_whatever_the_rate(checkpoint: Path, stripes: 
     assert easy.threshold == plain.threshold
 
 
+@with_both_scorers
 def test_a_masked_checkpoint_looks_at_its_region_alone(checkpoint: Path, stripes: Path, tmp_path: Path) -> None:
     original = state(checkpoint)
     roi = paint(tmp_path / "roi.png", slice(None), slice(0, 80))
@@ -327,6 +335,7 @@ def test_masks_that_hide_nothing_or_all_are_refused(checkpoint: Path, stripes: P
     assert_equal_states(original, state(checkpoint))
 
 
+@with_both_scorers
 def test_an_export_after_a_lesson_has_learned_it(checkpoint: Path, stripes: Path, tmp_path: Path) -> None:
     from anomalib.deploy import ExportType, OpenVINOInferencer
 

@@ -116,15 +116,22 @@ def score_slowly(case: Case, model: PedenetModel, normal: list[np.ndarray], grid
 
 
 def map_slowly(scores: np.ndarray, image_size: tuple[int, int], size: int, stride: int) -> np.ndarray:
-    """Each pixel's mean over the patches that cover it; beyond the last patches, that of the nearest covered pixel."""
-    total, count = np.zeros(image_size), np.zeros(image_size)
-    for row, column in np.ndindex(*scores.shape):
-        for y in range(row * stride, row * stride + size):
-            total[y, column * stride : column * stride + size] += scores[row, column]
-            count[y, column * stride : column * stride + size] += 1
-    bottom, right = (stride * (number - 1) + size - 1 for number in scores.shape)
-    ys, xs = np.minimum(np.arange(image_size[0]), bottom), np.minimum(np.arange(image_size[1]), right)
-    return (total / np.maximum(count, 1))[ys][:, xs]
+    """Each pixel's mean over the patches that cover its window; beyond the last patch, as at the last covered pixel."""
+    result = np.zeros(image_size)
+    for y, x in np.ndindex(*image_size):
+        middles = (
+            min(at, stride * (number - 1) + size - 1) + 0.5 for at, number in zip((y, x), scores.shape, strict=True)
+        )
+        weights = [
+            [
+                max(0.0, min(middle + stride / 2, start * stride + size) - max(middle - stride / 2, start * stride))
+                for start in range(number)
+            ]
+            for middle, number in zip(middles, scores.shape, strict=True)
+        ]
+        share = np.outer(*weights)
+        result[y, x] = (share * scores).sum() / share.sum()
+    return result
 
 
 def fitted(case: Case) -> tuple[PedenetModel, torch.Tensor, torch.Tensor]:

@@ -74,8 +74,8 @@ def test_no_row_of_the_bank_shows_hidden_pixels_alone() -> None:
     model.region.set(left_half())
     model.fit_standardization(normal)
     model.fit(normal.split(1), stride=8)
-    # Of 13 columns of patches, at 0, 8, ..., 96, those from 64 on are hidden.
-    assert len(model.scorers["32"].rows) == 4 * 9 * 8
+    # Of 13 columns of patches, at 0, 8, ..., 96, those from 72 on are half a step or more away from what is visible.
+    assert len(model.scorers["32"].rows) == 4 * 9 * 9
 
 
 def test_patches_and_crops_are_those_of_an_obvious_search() -> None:
@@ -84,16 +84,17 @@ def test_patches_and_crops_are_those_of_an_obvious_search() -> None:
     visible[20:60, 30:70] = True
     region.set(visible)
     for size, stride in ((16, 8), (32, 4), (24, 24)):
-        for wholly in (False, True):
-            found = region.patches(SIZE, size, stride, wholly)
-            expected = torch.zeros_like(found)
+        for margin in (0, 3):
+            found, whole = region.patches(SIZE, size, stride, margin), region.whole_patches(SIZE, size, stride)
+            near, inside = torch.zeros_like(found), torch.zeros_like(found)
             for row in range(found.shape[0]):
                 for column in range(found.shape[1]):
-                    patch = visible[row * stride : row * stride + size, column * stride : column * stride + size]
-                    expected[row, column] = patch.all() if wholly else patch.any()
-            if not expected.any():  # no patch is wholly visible
-                expected = region.patches(SIZE, size, stride)
-            assert torch.equal(found, expected)
+                    top, left = row * stride, column * stride
+                    rows = slice(max(0, top - margin), top + size + margin)
+                    near[row, column] = visible[rows, max(0, left - margin) : left + size + margin].any()
+                    inside[row, column] = visible[top : top + size, left : left + size].all()
+            assert torch.equal(found, near)
+            assert torch.equal(whole, inside if inside.any() else region.patches(SIZE, size, stride))
     positions = region.crop_positions(SIZE, (48, 40))
     counts = {
         (row, column): int(visible[row : row + 48, column : column + 40].sum())

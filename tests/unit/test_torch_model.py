@@ -32,7 +32,16 @@ def mid_level() -> PedenetModel:
 
 
 def naive_map(model: PedenetModel, image: torch.Tensor, size: int) -> torch.Tensor:
-    """Cut, embed and score every patch by itself and average the scores over the pixels."""
+    """Cut, embed and score every patch by itself and average the scores at the pixels, by how much of them it covers.
+
+    A pixel stands for its window, a stride wide.
+    """
+
+    def covered(pixels: int, start: int) -> torch.Tensor:
+        middles = torch.arange(pixels) + 0.5
+        stops = (middles + model.stride / 2).clamp(max=start + size)
+        return (stops - (middles - model.stride / 2).clamp(min=start)).clamp(min=0)
+
     total, count = torch.zeros(image.shape[1:]), torch.zeros(image.shape[1:])
     scorer = model.scorers[str(size)]
     bank = (scorer.bank + scorer.mean).numpy()
@@ -46,8 +55,9 @@ def naive_map(model: PedenetModel, image: torch.Tensor, size: int) -> torch.Tens
                 embedded = projection.components @ (embedded - projection.center)
             embedding = embedded.tolist()
             position = [model.position_weight * side / max(image.shape) for side in (top, left)]
-            total[window] += cdist([embedding + position], bank).min()
-            count[window] += 1
+            share = covered(image.shape[1], top)[:, None] * covered(image.shape[2], left)
+            total += share * float(cdist([embedding + position], bank).min())
+            count += share
     return total / count / scorer.typical_score
 
 
