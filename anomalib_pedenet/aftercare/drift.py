@@ -89,9 +89,11 @@ def find_drift(model: PedenetModel, training_images: PreparedImages, new_images:
         raise ValueError(msg)
     # What is measured against must not have been learned from what is measured.
     reference, compared = (training_images.take(range(half, len(training_images), 2)) for half in (0, 1))
-    mean_image, kinds = _mean_image(reference), _learn_kinds(model, reference)
+    height, width = training_images[0].shape[-2:]
+    visible = model.region.pixels((height, width)).cpu().numpy()
+    mean_image, kinds = _mean_image(reference, visible), _learn_kinds(model, reference)
     before, now = (
-        _measure_pixels(images, mean_image) | _measure_patches(model, images, kinds)
+        _measure_pixels(images, mean_image, visible) | _measure_patches(model, images, kinds)
         for images in (compared, new_images)
     )
     found = []
@@ -102,25 +104,26 @@ def find_drift(model: PedenetModel, training_images: PreparedImages, new_images:
     return sorted(found, key=lambda moved: moved.p_value)
 
 
-def _seen(images: PreparedImages, label: str) -> Iterator[NDArray[np.uint8]]:
-    """Yield images as the model sees them, in the size of the first."""
-    height, width = images[0].shape[-2:]
+def _seen(images: PreparedImages, visible: NDArray[np.bool_], label: str) -> Iterator[NDArray[np.float64]]:
+    """Yield images as the model sees them, ``[H, W, 3]``, with hidden pixels in the mean colour of the others."""
     for file in tqdm(images.files, label, disable=None):
-        yield as_seen(file, (height, width))
+        image = as_seen(file, (visible.shape[0], visible.shape[1])).astype(np.float64)
+        image[~visible] = image[visible].mean(axis=0)
+        yield image
 
 
-def _mean_image(images: PreparedImages) -> NDArray[np.float64]:
+def _mean_image(images: PreparedImages, visible: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Return the mean of grey images, ``[H, W]``."""
-    total: NDArray[np.float64] = np.zeros(tuple(images[0].shape[-2:]))
-    for image in _seen(images, "Learning where things lie"):
+    total: NDArray[np.float64] = np.zeros(visible.shape)
+    for image in _seen(images, visible, "Learning where things lie"):
         total += image.mean(axis=2)
     return total / len(images)
 
 
-def _measure_pixels(images: PreparedImages, mean_image: NDArray[np.float64]) -> Vectors:
-    """Measure light, colour, sharpness, and place against a mean image ``[H, W]``."""
+def _measure_pixels(images: PreparedImages, mean_image: NDArray[np.float64], visible: NDArray[np.bool_]) -> Vectors:
+    """Measure light, colour, sharpness, and place against a mean image ``[H, W]``, where images are visible."""
     rows: dict[str, list[float]] = {}
-    for image in _seen(images, "Measuring pixels"):
+    for image in _seen(images, visible, "Measuring pixels"):
         grey = image.mean(axis=2)
         red, green, blue = image.mean(axis=(0, 1)) + 1.0
         shift = phase_cross_correlation(mean_image, grey, upsample_factor=_SUBPIXELS, normalization=None)[0]

@@ -509,6 +509,23 @@ def test_drift_is_told_from_chance(
     assert Image.open(tmp_path / "drift.png").size == (1200, 900)
 
 
+def test_what_is_hidden_has_not_drifted(
+    trainings: dict[str, tuple[Engine, Path]], many_stripes: list[Path], tmp_path: Path
+) -> None:
+    def darker_at_the_right(pixels: np.ndarray, _: int) -> np.ndarray:
+        pixels[:, 80:] *= 0.5
+        return pixels
+
+    model = Inspector(trainings["exact"][1])
+    new = model.prepared(with_change(many_stripes[28:], tmp_path / "new", darker_at_the_right))
+    known = model.prepared(many_stripes[:28])
+    assert any(one.has_moved for one in find_drift(model.model.model, known, new))
+    visible = torch.zeros(144, 160, dtype=torch.bool)
+    visible[:, :80] = True
+    model.model.model.region.set(visible)
+    assert not any(one.has_moved for one in find_drift(model.model.model, known, new))
+
+
 def test_a_shifted_part_has_drifted(trainings: dict[str, tuple[Engine, Path]], tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     (tmp_path / "parts").mkdir()
