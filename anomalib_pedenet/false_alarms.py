@@ -89,3 +89,18 @@ def choose_threshold(scores: Sequence[float], rate: float) -> FalseAlarmThreshol
         high=float(beta.ppf(0.975, above, rank)),
         num_images=count,
     )
+
+
+def default_threshold(scores: Sequence[float]) -> FalseAlarmThreshold:
+    """Choose the threshold for :data:`DEFAULT_RATE`, or for the lowest rate that so many images can keep.
+
+    Args:
+        scores (Sequence[float]): See :func:`choose_threshold`.
+
+    Returns:
+        FalseAlarmThreshold: The threshold.
+
+    Raises:
+        ValueError: If a score is not finite.
+    """
+    return choose_threshold(scores, max(DEFAULT_RATE, lowest_rate(len(scores))))

@@ -42,7 +42,7 @@ from anomalib_pedenet.anomaly_map import Combination
 from anomalib_pedenet.criterion import draw_test_defects, drawn_defect_auroc
 from anomalib_pedenet.export import PedenetExportMixin
 from anomalib_pedenet.exportable_resize import resize_as_in_training
-from anomalib_pedenet.false_alarms import DEFAULT_RATE, choose_threshold, lowest_rate
+from anomalib_pedenet.false_alarms import default_threshold
 from anomalib_pedenet.fit_loop import (
     begin_anew,
     can_stop_early,
@@ -70,7 +70,7 @@ from anomalib_pedenet.loss import DensityLossType, PedenetLoss, synthetic_weight
 from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.normal_images import HeldBack, NormalImages, are_plain, spread
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
-from anomalib_pedenet.post_processor import THRESHOLDS, PedenetPostProcessor
+from anomalib_pedenet.post_processor import LIMITS, THRESHOLDS, PedenetPostProcessor
 from anomalib_pedenet.region import AUTO_ROI, find_roi, image_size_of, read_roi
 from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.step_guard import MAX_SKIPPED_IN_ROW, StepGuard
@@ -554,9 +554,12 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             region.set(find_roi(self._sample_of_normal_images(_CALIBRATION_IMAGES)))
         elif roi is not None:
             transform = getattr(self.pre_processor, "transform", None)
-            (image,) = self._normal_images([0]).loader
             paths = self._training_paths()
-            size = image_size_of(paths[0]) if paths else (image.image.shape[-2], image.image.shape[-1])
+            if paths:
+                size = image_size_of(paths[0])
+            else:  # as the data set delivers its images
+                (batch,) = self._normal_images([0]).loader
+                size = (batch.image.shape[-2], batch.image.shape[-1])
             region.set(read_roi(roi, size, transform or torch.nn.Identity()).to(self.device))
         if not region.is_everywhere:
             logger.info("The region of interest is %.0f %% of the images.", 100 * region.visible.mean())
@@ -1071,8 +1074,8 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             quiet = not self.trainer.is_global_zero
             found = score_held_out(self.model, images, self.hparams.bank_stride, quiet)
             scores = [float(predictions.pred_score) for _, predictions in found]
-        chosen = choose_threshold(scores, max(DEFAULT_RATE, lowest_rate(len(scores))))
-        for name in THRESHOLDS[:2]:
+        chosen = default_threshold(scores)
+        for name in LIMITS:
             getattr(self.post_processor, name).fill_(chosen.threshold)
         logger.info(
             "No validation has set thresholds: they are set by %d training images, each scored by what is fitted on "

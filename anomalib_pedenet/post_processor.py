@@ -15,7 +15,10 @@ from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from torchmetrics.utilities import dim_zero_cat
 
-THRESHOLDS = ("_image_threshold", "_pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max")
+LIMITS = ("_image_threshold", "_pixel_threshold")
+"""Thresholds of anomalib's post-processor, its buffers."""
+
+THRESHOLDS = (*LIMITS, "image_min", "image_max", "pixel_min", "pixel_max")
 """Thresholds and ranges of anomalib's post-processor, its buffers."""
 
 
@@ -72,7 +75,7 @@ class PedenetPostProcessor(PostProcessor):
         """Return a normalised score as it is given out."""
         if self.enable_normalization:
             return normalized
-        return _move(normalized.to(threshold.device), torch.nan_to_num(threshold, nan=0.5), torch.tensor(0.5))
+        return change_unit(normalized.to(threshold.device), torch.nan_to_num(threshold, nan=0.5), torch.tensor(0.5))
 
     @staticmethod
     def _normalize(
@@ -96,11 +99,20 @@ class PedenetPostProcessor(PostProcessor):
         del norm_min, norm_max
         if preds is None:
             return None
-        return _move(preds, torch.full_like(threshold, 0.5), torch.nan_to_num(threshold, nan=0.5))
+        return change_unit(preds, torch.full_like(threshold, 0.5), torch.nan_to_num(threshold, nan=0.5))
 
 
-def _move(scores: torch.Tensor, to: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Change the unit of scores ``d / (d + unit)`` such that ``at`` becomes ``to``; 0 and 1 and the order stay."""
+def change_unit(scores: torch.Tensor, to: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Change the unit of scores ``d / (d + unit)`` such that ``at`` becomes ``to``; 0 and 1 and the order stay.
+
+    Args:
+        scores (torch.Tensor): Scores from 0 to 1, of any shape.
+        to (torch.Tensor): New value of a score, scalar.
+        at (torch.Tensor): That score, scalar.
+
+    Returns:
+        torch.Tensor: Scores of the same shape, from 0 to 1.
+    """
     eps = torch.finfo(scores.dtype).eps
     to, at = to.clamp(eps, 1 - eps), at.clamp(eps, 1 - eps)
     above = scores * (to * (1 - at))

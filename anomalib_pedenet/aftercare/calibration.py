@@ -11,7 +11,7 @@ import torch
 from anomalib.post_processing import PostProcessor
 from tqdm import tqdm
 
-from anomalib_pedenet.aftercare.edits import edit_checkpoint
+from anomalib_pedenet.aftercare.edits import both_thresholds, edit_checkpoint
 from anomalib_pedenet.aftercare.images import ImageSource
 from anomalib_pedenet.aftercare.inspection import THRESHOLD
 from anomalib_pedenet.aftercare.inspector import Inspector
@@ -95,10 +95,8 @@ def calibrate_checkpoint(
         lowest = min(float(model(image).pred_score) for image in tqdm(defects, "Scoring known defects", disable=None))
         # What is above the threshold is flagged, not what is at it.
         threshold = min(threshold, float(np.nextafter(np.float32(lowest), np.float32(0))))
-    names = ("post_processor._image_threshold", "post_processor._pixel_threshold")
-    tensors = dict.fromkeys(names, torch.tensor(threshold))
     details = {"false_alarm_rate": false_alarm_rate, "num_images": chosen.num_images, "threshold": threshold}
-    written = edit_checkpoint(ckpt_path, output, "calibrate", details, tensors)
+    written = edit_checkpoint(ckpt_path, output, "calibrate", details, both_thresholds(threshold))
     before = float(torch.nan_to_num(processor.image_threshold, nan=THRESHOLD))
     flagged_before, flagged_now = (sum(score > limit for score in scores) for limit in (before, threshold))
     return Calibration(chosen, threshold, flagged_before, flagged_now, written)

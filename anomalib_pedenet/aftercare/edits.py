@@ -12,6 +12,7 @@ import torch
 
 from anomalib_pedenet.checkpoint_io import CheckedCheckpointIO, bring_up_to_date
 from anomalib_pedenet.lightning_model import Pedenet
+from anomalib_pedenet.post_processor import LIMITS
 
 EDITS = "pedenet_edits"
 """Entry of a checkpoint: a mapping for each change after the training, the latest last, with the tensors replaced."""
@@ -94,6 +95,11 @@ def edit_checkpoint(
     target = Path(output or ckpt_path)
     _files().save_checkpoint(checkpoint, target)
     return target
+
+
+def both_thresholds(threshold: float) -> dict[str, torch.Tensor]:
+    """Return the state of a checkpoint whose images and pixels have a threshold, by names in the state."""
+    return {f"post_processor.{name}": torch.tensor(threshold) for name in LIMITS}
 
 
 def undo_edit(ckpt_path: str | Path, output: str | Path | None = None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from anomalib_pedenet.aftercare.images import ImageSource, PreparedImages, as_se
 from anomalib_pedenet.aftercare.inspection import Inspection, Truth
 from anomalib_pedenet.held_out import score_held_out
 from anomalib_pedenet.lightning_model import Pedenet
+from anomalib_pedenet.region import image_size_of, read_roi
 
 
 class Inspector:
@@ -47,6 +48,15 @@ class Inspector:
     def normal_patches(self, source: ImageSource) -> NormalPatches:
         """Return the patches of normal images, to explain others by."""
         return NormalPatches(self.model.model, self.prepared(source))
+
+    def read_region(self, file: str | Path, images: PreparedImages) -> torch.Tensor:
+        """Return a region that was painted on images of one size, as the networks see them: bool ``[H, W]``.
+
+        Raises:
+            ValueError: If it cannot be used; the message names the file.
+        """
+        transform = getattr(self.model.pre_processor, "transform", None) or torch.nn.Identity()
+        return read_roi(file, image_size_of(images.files[0]), transform).to(self.model.device)
 
     def normalize(self, predictions: InferenceBatch) -> InferenceBatch:
         """Return predictions of :class:`PedenetModel` as they are given out, with the threshold at 0.5."""

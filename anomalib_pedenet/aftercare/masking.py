@@ -11,14 +11,13 @@ import torch
 from anomalib.post_processing import PostProcessor
 from PIL import Image
 
-from anomalib_pedenet.aftercare.edits import edit_checkpoint
+from anomalib_pedenet.aftercare.edits import both_thresholds, edit_checkpoint
 from anomalib_pedenet.aftercare.images import ImageSource, as_seen
 from anomalib_pedenet.aftercare.inspector import Inspector
-from anomalib_pedenet.false_alarms import DEFAULT_RATE, FalseAlarmThreshold, choose_threshold, lowest_rate
+from anomalib_pedenet.false_alarms import FalseAlarmThreshold, default_threshold
 from anomalib_pedenet.held_out import score_held_out
 from anomalib_pedenet.normal_images import spread
-from anomalib_pedenet.post_processor import THRESHOLDS
-from anomalib_pedenet.region import AUTO_ROI, find_roi, image_size_of, read_roi
+from anomalib_pedenet.region import AUTO_ROI, find_roi
 
 _SAMPLE = 32  # images that the choices of a training are made by
 
@@ -86,18 +85,17 @@ def mask_checkpoint(
             msg = "No background of one colour was found: nothing was changed. Give an image file of the region."
             raise ValueError(msg)
     else:
-        transform = getattr(lightning_model.pre_processor, "transform", None) or torch.nn.Identity()
-        visible = read_roi(roi, image_size_of(images.files[0]), transform).to(device)
+        visible = inspector.read_region(roi, images)
     stride = lightning_model.hparams.bank_stride
     model.region.set(visible)
     model.calibrate(sample, stride)
     model.fit(images, stride)
     model.fit_normal_limit(sample)
     scores = [float(found.pred_score) for _, found in score_held_out(model, images, stride)]
-    chosen = choose_threshold(scores, max(DEFAULT_RATE, lowest_rate(len(scores))))
+    chosen = default_threshold(scores)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items() if not name.startswith(_KEPT)}
     if isinstance(lightning_model.post_processor, PostProcessor):
-        tensors |= {f"post_processor.{name}": torch.tensor(chosen.threshold) for name in THRESHOLDS[:2]}
+        tensors |= both_thresholds(chosen.threshold)
     share = float(visible.float().mean())
     details = {"roi": str(roi), "visible": share, "threshold": chosen.threshold}
     written = edit_checkpoint(ckpt_path, output, "mask", details, tensors, replaced=("model.scorers.",))

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from anomalib.post_processing import PostProcessor
 
-from anomalib_pedenet.aftercare.edits import EDITS, edit_checkpoint, read_checkpoint
+from anomalib_pedenet.aftercare.edits import EDITS, both_thresholds, edit_checkpoint, read_checkpoint
 from anomalib_pedenet.aftercare.images import ImageSource, PreparedImages
 from anomalib_pedenet.aftercare.inspection import THRESHOLD, Truth
 from anomalib_pedenet.aftercare.inspector import Inspector
 from anomalib_pedenet.false_alarms import choose_threshold
-from anomalib_pedenet.post_processor import THRESHOLDS
-from anomalib_pedenet.region import image_size_of, read_roi
+from anomalib_pedenet.post_processor import change_unit
+from anomalib_pedenet.region import image_size_of
 from anomalib_pedenet.torch_model import PedenetModel
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,10 @@ def teach_checkpoint(
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in to_teach.files]
     _check_are_new(ckpt_path, to_teach.files, digests)
 
-    within = None if region is None else _read_region(inspector, region, to_teach.files)
+    within = None
+    if region is not None:
+        _check_one_size(to_teach.files)
+        within = inspector.read_region(region, to_teach)
     before = [[_score(model, image) for image in images] for _, images in sources]
     flagged = [index for index, score in enumerate(before[0]) if score > threshold]
     if not flagged:
@@ -148,7 +151,7 @@ def teach_checkpoint(
     state = model.state_dict()
     tensors = {f"model.{name}": value for name, value in state.items() if name.startswith("scorers.")}
     if new_threshold > threshold:
-        tensors |= {f"post_processor.{name}": torch.tensor(new_threshold) for name in THRESHOLDS[:2]}
+        tensors |= both_thresholds(new_threshold)
     details = {
         "files": [str(to_teach.files[index]) for index in flagged],
         "digests": [digests[index] for index in flagged],
@@ -225,11 +228,11 @@ def _raise_threshold(
     return max(threshold, min(wanted, between / (1 + between)))
 
 
-def _read_region(inspector: Inspector, file: str | Path, images: Sequence[Path]) -> torch.Tensor:
-    """Return a region of images, as it lies in pre-processed ones, bool ``[H, W]``.
+def _check_one_size(images: Sequence[Path]) -> None:
+    """Check that images have the same height and width.
 
     Raises:
-        ValueError: If it cannot be used, or the images differ in size.
+        ValueError: If they have not.
     """
     sizes = {image: image_size_of(image) for image in images}
     size = sizes[images[0]]
@@ -240,8 +243,6 @@ def _read_region(inspector: Inspector, file: str | Path, images: Sequence[Path])
                 f"{other[0]}x{other[1]}: teach them one after the other."
             )
             raise ValueError(msg)
-    transform = getattr(inspector.model.pre_processor, "transform", None) or torch.nn.Identity()
-    return read_roi(file, size, transform).to(inspector.model.device)
 
 
 def _score(model: PedenetModel, image: torch.Tensor) -> float:
@@ -251,7 +252,7 @@ def _score(model: PedenetModel, image: torch.Tensor) -> float:
 
 def _normalized(score: float, threshold: float) -> float:
     """Return a score as it is given out, with the threshold at 0.5."""
-    return score * (1 - threshold) / (score * (1 - threshold) + (1 - score) * threshold)
+    return float(change_unit(torch.tensor(score), torch.tensor(THRESHOLD), torch.tensor(threshold)))
 
 
 def _check_are_new(ckpt_path: str | Path, files: Sequence[Path], digests: Sequence[str]) -> None:
