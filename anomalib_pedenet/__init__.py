@@ -11,8 +11,8 @@ Example:
     'Pedenet'
 """
 
+from anomalib_pedenet.host.registration import register
 from anomalib_pedenet.lightning_model import Pedenet
-from anomalib_pedenet.registration import register
 from anomalib_pedenet.torch_model import PedenetModel
 
 __version__ = "0.1.0"

@@ -1,19 +1,21 @@
 # Copyright (C) 2026 The anomalib-pedenet authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the arguments of ``Pedenet`` may be."""
+"""What the arguments of ``Pedenet`` may be, and the model and loss that they make."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import torch
+
 from anomalib_pedenet.anomaly_map import Combination
-from anomalib_pedenet.loss import DensityLossType
+from anomalib_pedenet.loss import DensityLossType, PedenetLoss
 from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.patches import BASE_STRIDE, MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE, minimum_training_size
 from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.scorers.nearest_neighbor import check_bank_size
-from anomalib_pedenet.torch_model import AUTO_SCORER, default_scored_sizes
+from anomalib_pedenet.torch_model import AUTO_SCORER, PedenetModel, default_scored_sizes
 
 DEFAULT_STRIDE = 8
 DEFAULT_COMBINATION: Combination = "auto"
@@ -120,6 +122,59 @@ def resolve(hparams: Mapping[str, Any]) -> dict[str, Any]:
     roi = hparams["roi"]  # a checkpoint holds text, and no paths
     resolved = {name: default for name, default in defaults.items() if hparams[name] is None}
     return dict(hparams) | resolved | {"roi": roi if roi is None else str(roi)}
+
+
+def make_model(hparams: Any) -> PedenetModel:  # noqa: ANN401 - Lightning's, which have no type of their own
+    """Make a model, not trained.
+
+    Args:
+        hparams (Any): Hyper-parameters of ``Pedenet`` as attributes, resolved.
+
+    Returns:
+        PedenetModel: The model.
+    """
+    # The program's own generator is left alone: a checkpoint that is loaded must not seed it.
+    with torch.random.fork_rng(devices=[], enabled=hparams.seed is not None):
+        if hparams.seed is not None:
+            torch.manual_seed(hparams.seed)
+        return PedenetModel(
+            patch_sizes=hparams.patch_sizes,
+            scored_sizes=hparams.scored_sizes,
+            stride=hparams.stride,
+            combination=hparams.combination,
+            scorer=hparams.scorer,
+            bank_size=hparams.bank_size,
+            coreset=hparams.coreset,
+            embedding_dim=hparams.embedding_dim,
+            num_components=hparams.num_components,
+            seed=hparams.bank_seed,
+            position_weight=hparams.position_weight,
+            batch_norm=hparams.batch_norm,
+            defect_prediction=hparams.lambda_syn > 0,
+        )
+
+
+def make_loss(hparams: Any) -> PedenetLoss:  # noqa: ANN401
+    """Make the loss of a training.
+
+    Args:
+        hparams (Any): Hyper-parameters of ``Pedenet`` as attributes, resolved.
+
+    Returns:
+        PedenetLoss: The loss.
+    """
+    return PedenetLoss(
+        lambda_den=hparams.lambda_den,
+        lambda_lpn=hparams.lambda_lpn,
+        lambda_reg=hparams.lambda_reg,
+        reading=hparams.density_loss,
+        covariance_type=hparams.covariance_type,
+        covariance_jitter=hparams.covariance_jitter,
+        lambda_var=hparams.lambda_var,
+        min_std=hparams.min_std,
+        lambda_syn=hparams.lambda_syn,
+        lambda_svdd=hparams.lambda_svdd,
+    )
 
 
 def changes(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:

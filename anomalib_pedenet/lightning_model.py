@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-pedenet authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""PEDENet for anomalib: training, the memory bank, checkpoints and defaults.
+"""PEDENet for anomalib: its arguments, and what is done at each step of a training, a test and an export.
 
 Example:
     >>> from anomalib.data import MVTecAD
@@ -12,12 +12,11 @@ Example:
     >>> engine.train(model=Pedenet(), datamodule=MVTecAD(category="bottle"))  # doctest: +SKIP
 """
 
+import contextlib
 import inspect
 import logging
 import math
-import time
-from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,21 +28,18 @@ from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE
 from lightning.pytorch import Callback
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from torch.nn.modules.batchnorm import _BatchNorm  # of one process, and synchronised over several
-from torch.utils.data import DataLoader
-from torchmetrics import Metric
-from tqdm import tqdm
 
 from anomalib_pedenet.anomaly_map import Combination
-from anomalib_pedenet.criterion import draw_test_defects, drawn_defect_auroc
-from anomalib_pedenet.export import PedenetExportMixin
-from anomalib_pedenet.exportable_resize import resize_as_in_training
-from anomalib_pedenet.false_alarms import default_threshold
-from anomalib_pedenet.fit_loop import (
+from anomalib_pedenet.data.image_pool import ImagePool
+from anomalib_pedenet.data.input_files import InputFiles, check_finite, check_images, naming_files
+from anomalib_pedenet.data.normal_images import MIN_TRAINING_IMAGES, TrainingSet
+from anomalib_pedenet.host.checkpoint import ORIGIN, SHORTENED, TRAINING, PedenetCheckpointMixin
+from anomalib_pedenet.host.export import PedenetExportMixin
+from anomalib_pedenet.host.exportable_resize import resize_as_in_training
+from anomalib_pedenet.host.fit_loop import (
     begin_anew,
     can_stop_early,
     is_last_batch,
@@ -51,106 +47,42 @@ from anomalib_pedenet.fit_loop import (
     save_again,
     validate_now,
 )
-from anomalib_pedenet.held_out import score_held_out
 from anomalib_pedenet.hyper_parameters import (
     LearningRateSchedule,
-    Purpose,
     TrainingMode,
     TrainPrecision,
     changes,
-    changes_bank,
-    check_changes,
     check_image_size,
+    make_loss,
+    make_model,
     resolve,
     validate,
 )
-from anomalib_pedenet.image_pool import ImagePool
-from anomalib_pedenet.input_files import InputFiles, check_finite, check_images, naming_files
-from anomalib_pedenet.loss import DensityLossType, PedenetLoss, synthetic_weight
+from anomalib_pedenet.loss import DensityLossType, synthetic_weight
 from anomalib_pedenet.mixture import CovarianceType
-from anomalib_pedenet.normal_images import HeldBack, NormalImages, are_plain, spread
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
-from anomalib_pedenet.post_processor import LIMITS, THRESHOLDS, PedenetPostProcessor
-from anomalib_pedenet.region import AUTO_ROI, find_roi, image_size_of, read_roi
+from anomalib_pedenet.post_processor import PedenetPostProcessor, lacks_thresholds, reset_metrics, set_thresholds
 from anomalib_pedenet.scorers import Coreset
-from anomalib_pedenet.step_guard import MAX_SKIPPED_IN_ROW, StepGuard
-from anomalib_pedenet.torch_model import MIN_SCALE_WEIGHT, PedenetModel
-from anomalib_pedenet.training_state import origin, random_state, seed_generators, set_random_state
-from anomalib_pedenet.training_step import TrainingStep
+from anomalib_pedenet.torch_model import PedenetModel
+from anomalib_pedenet.training.held_back import HeldBack, hold_back
+from anomalib_pedenet.training.memory_bank import build_memory_bank, threshold_of_training
+from anomalib_pedenet.training.preparation import measure, set_region
+from anomalib_pedenet.training.progress import Progress
+from anomalib_pedenet.training.resuming import Resuming
+from anomalib_pedenet.training.schedule import Schedule, take_back
+from anomalib_pedenet.training.state import origin
+from anomalib_pedenet.training.step import TrainingStep
+from anomalib_pedenet.training.step_guard import StepGuard
 
 logger = logging.getLogger(__name__)
 
-COLLAPSE_SPREAD = 0.02
-"""Embeddings (each dimension in -1..1) whose mean standard deviation falls below this have collapsed."""
-
-# A training needs one image; what varies between good parts can be seen from two, and learned from more.
-MIN_TRAINING_IMAGES = 2
-RECOMMENDED_TRAINING_IMAGES = 20
-
-# Their statistics are those of the training set to a percent or so, and take a second to read.
-_STANDARDIZATION_IMAGES = 64
-
-# Enough to tell aligned parts from unaligned ones, and for principal components: 27,000 patches of 256x256 images.
-_CALIBRATION_IMAGES = 32
-
-_MAX_HELD_BACK = 32
-
-# Training images that set the thresholds where there was no validation: enough for 1 false alarm in 100, in a minute.
-_THRESHOLD_IMAGES = 400
-
-# Of large images fewer are read together, so that neither they nor what is computed of them fill the memory.
-_SAMPLE_BYTES = 2**28
-
-# Entry of a checkpoint: the scorer whose state it holds.
-_SCORER = "pedenet_scorer"
-
-# Entries of a checkpoint: what each process needs to go on exactly, and what the training's result depends on.
-_TRAINING = "pedenet_training"
-_ORIGIN = "pedenet_origin"
-
-# Entry of a checkpoint: whether the pre-processor has a transform that anomalib cannot save.
-_UNSAVED_TRANSFORM = "pedenet_unsaved_transform"
-
-# Entry of a checkpoint: the length of a training that was shortened.
-_SHORTENED = "pedenet_shortened_to"
-
-# The scales' weights and the scorer that was chosen.
-_CHOSEN = "model._extra_state"
-
-# Names, or their first parts, of what is fitted with the memory bank.
-_FITTED = (
-    "model.scorers.",
-    "model.position_encodings.",
-    "model.projections.",
-    "model.region.",
-    _CHOSEN,
-    "model.map_",
-    "model.typical_score",
-    "model.normal_limit",
-)
-
-# Fraction of the training over which the one-cycle schedule's rate rises.
-_RISE = 0.3
-
-# When it is decided whether location prediction is at chance, as a fraction of `max_steps_at_chance`.
-_DECISION = 2 / 3
-
-# Epochs of a training where `steps_per_image` is left to the model: each ends with a validation and a checkpoint.
-_EPOCHS = 3
-
-_STEPS_PER_IMAGE = 4  # where the number of training images is unknown
-
-# How often the log says how far the training is.
-_NUM_REPORTS = 20
-
-# The hyper-parameters in the file from which a checkpoint is being loaded.
-_SAVED: ContextVar[dict[str, Any] | None] = ContextVar("pedenet_saved_hyper_parameters", default=None)
+_RECOMMENDED_TRAINING_IMAGES = 20
 
 # Arguments that are components instead of hyper-parameters.
 _COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")
 
 
-class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
+class Pedenet(MemoryBankMixin, PedenetExportMixin, PedenetCheckpointMixin, AnomalibModule):
     """PEDENet: anomaly localisation by patch embedding and density estimation, trained from scratch.
 
     A patch embedding network learns, from normal images alone, to tell where a patch's neighbour lies (location
@@ -356,55 +288,21 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
 
     def _build(self) -> None:
         """Make the networks, not trained, and the loss, by the hyper-parameters."""
-        hparams = self.hparams
-        # The program's own generator is left alone: a checkpoint that is loaded must not seed it.
-        with torch.random.fork_rng(devices=[], enabled=hparams.seed is not None):
-            if hparams.seed is not None:
-                torch.manual_seed(hparams.seed)
-            self.model: PedenetModel = PedenetModel(
-                patch_sizes=hparams.patch_sizes,
-                scored_sizes=hparams.scored_sizes,
-                stride=hparams.stride,
-                combination=hparams.combination,
-                scorer=hparams.scorer,
-                bank_size=hparams.bank_size,
-                coreset=hparams.coreset,
-                embedding_dim=hparams.embedding_dim,
-                num_components=hparams.num_components,
-                seed=hparams.bank_seed,
-                position_weight=hparams.position_weight,
-                batch_norm=hparams.batch_norm,
-                defect_prediction=hparams.lambda_syn > 0,
-            )
-        self.loss = PedenetLoss(
-            lambda_den=hparams.lambda_den,
-            lambda_lpn=hparams.lambda_lpn,
-            lambda_reg=hparams.lambda_reg,
-            reading=hparams.density_loss,
-            covariance_type=hparams.covariance_type,
-            covariance_jitter=hparams.covariance_jitter,
-            lambda_var=hparams.lambda_var,
-            min_std=hparams.min_std,
-            lambda_syn=hparams.lambda_syn,
-            lambda_svdd=hparams.lambda_svdd,
-        )
+        self.model: PedenetModel = make_model(self.hparams)
+        self.loss = make_loss(self.hparams)
 
     def _forget_training(self) -> None:
         """Put all that belongs to one training back to its start."""
-        self._planned_steps = self.hparams.max_steps
-        self._shortened_to: int | None = None  # steps, where location prediction stayed at chance
+        self._schedule = Schedule(self.hparams, None)
+        self._progress = Progress(0)
+        self._resuming = Resuming()
         self._pool: ImagePool | None = None
         self._guard: StepGuard | None = None
         self._step: TrainingStep | None = None
-        self._skipped_in_row = 0
-        self._loaded_training: list[dict[str, Any]] | None = None  # of a checkpoint, until the training goes on
-        self._planned_random: dict[str, Any] | None = None  # from the start until the first batch
         self._origin: dict[str, Any] | None = None
         self._held_back: HeldBack | None = None
         self._last_metrics: dict[str, torch.Tensor] = {}  # means over the latest batch's steps
-        self._clock = (0, 0.0)  # step and time at which the training started
         self._uses_bfloat16 = False
-        self._has_warned_of_collapse = False
         self._validated_step = 0
         self._epochs_between_validations: int | None = None  # the Trainer's, while the last validation is seen to
 
@@ -444,13 +342,9 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             RuntimeError: If the Trainer's precision makes the networks' weights or the memory bank half precision, or
                 its callbacks go on from another training.
         """
-        from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
+        from anomalib_pedenet.host.checkpoint_io import read_checked  # imports the engine, as models must not
 
-        from anomalib_pedenet.checkpoint_io import CheckedCheckpointIO  # imports the engine, as models must not
-
-        checkpoint_io = self.trainer.strategy.checkpoint_io
-        if type(checkpoint_io) is AnomalibCheckpointIO:  # not one that the user chose
-            self.trainer.strategy.checkpoint_io = CheckedCheckpointIO(checkpoint_io.extra_safe_globals)
+        read_checked(self.trainer)
         if str(self.trainer.precision) in {"16-true", "bf16-true"}:
             msg = (
                 f"precision={self.trainer.precision} of the Trainer (or Engine) would round weights, memory bank and "
@@ -471,7 +365,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
                 "Add images to the folder of normal training images (%d or more are recommended).",
                 getattr(train_data, "name", ""),
                 len(train_data),
-                RECOMMENDED_TRAINING_IMAGES,
+                _RECOMMENDED_TRAINING_IMAGES,
             )
 
     def configure_optimizers(self) -> torch.optim.Optimizer | OptimizerLRSchedulerConfig:
@@ -490,22 +384,25 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             lr=self.hparams.learning_rate,
             fused=True,  # these alone can be told on the device to skip a step
         )
-        if self.hparams.lr_schedule == "constant":
-            return optimizer
-        schedule = self._make_schedule(optimizer, self._total_steps())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _make_schedule(
-        self, optimizer: torch.optim.Optimizer, total_steps: int, last_step: int = -1
-    ) -> torch.optim.lr_scheduler.OneCycleLR:
-        """Return the one-cycle schedule of a training of some length, from the start or in its midst."""
-        return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            max_lr=self.hparams.learning_rate,
-            total_steps=total_steps,
-            pct_start=_RISE,
-            last_epoch=last_step,
+        rates = self._make_schedule().learning_rate(optimizer)
+        return (
+            optimizer
+            if rates is None
+            else {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
         )
+
+    def _make_schedule(self) -> Schedule:
+        """Plan the training, under the model's and the Trainer's limits."""
+        trainer, num_images = self.trainer, self._images_per_epoch()
+        return Schedule(self.hparams, num_images, trainer.max_steps, trainer.max_epochs, self._schedule.shortened_to)
+
+    def _images_per_epoch(self) -> int | None:
+        """Return the number of training images in an epoch, or ``None`` if it is not known."""
+        num_batches = self.trainer.num_training_batches
+        if not math.isfinite(num_batches):
+            return None
+        loader = self.trainer.train_dataloader
+        return min(int(num_batches) * (getattr(loader, "batch_size", None) or 1), len(loader.dataset))
 
     def on_train_start(self) -> None:
         """Measure the training images, choose the arithmetic of the networks, and go on where a checkpoint was.
@@ -513,70 +410,54 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         Raises:
             ValueError: If the training images are too few to hold some back.
         """
-        self._planned_steps = self._total_steps()
-        self._uses_bfloat16 = _uses_bfloat16(self.hparams.train_precision, self.device)
-        self._hold_back()
+        trainer, hparams = self.trainer, self.hparams
+        self._schedule = self._make_schedule()
+        self._uses_bfloat16 = _uses_bfloat16(hparams.train_precision, self.device)
+        images = self._training_set()
+        self._held_back = hold_back(images, hparams.holdout)
         num_images = self._images_per_epoch() if self._held_back is None else len(self._held_back.trained_on)
-        self._pool = ImagePool(num_images or 2**31, int(self.hparams.cache_gib * 2**30))
-        self._clock = (self.trainer.global_step, time.monotonic())
-        if self.trainer.global_step == 0:  # a resumed training goes on with the checkpoint's
-            self._forget_thresholds()
+        self._pool = ImagePool(num_images or 2**31, int(hparams.cache_gib * 2**30))
+        self._progress = Progress(trainer.global_step)
+        if trainer.global_step == 0:  # a resumed training goes on with the checkpoint's
+            set_thresholds(self.post_processor, math.nan)
             self.model.reset_choices()
-            self._set_region()
-            images = self._sample_of_normal_images(_STANDARDIZATION_IMAGES)
-            self.model.fit_standardization(images)
-            if are_plain(self.model.standardize(images)):
-                self._end_early_on_plain_images(len(images))
+            self._set_region(images)
+            if not measure(self.model, images, self._trained_on(images)):
+                self._schedule.total_steps = 1
         elif "roi" in self._asked_of_bank:
-            self._set_region()
+            self._set_region(images)
         self._guard = StepGuard(self.optimizers().optimizer, self.model)
         # Several processes are left out: their gradients are exchanged as they come, which a graph would have to hold.
-        records = self.hparams.cuda_graph and self.trainer.world_size == 1
-        self._step = TrainingStep(self.model, self.loss, self.hparams, self._uses_bfloat16, records)
-        self._origin = self._origin or origin(self.trainer)
-        self._seed_training()
-        self._resume(self._pool)
+        records = hparams.cuda_graph and trainer.world_size == 1
+        self._step = TrainingStep(self.model, self.loss, hparams, self._uses_bfloat16, records)
+        self._origin = self._origin or origin(trainer)
+        if trainer.global_step == 0:
+            self._resuming.seed(trainer, self.device, hparams.seed)
+        else:
+            skipped = self._resuming.go_on(trainer, self.device, self._pool, images, self.model.standardize)
+            self._progress.skipped_in_row = skipped
         logger.info(
             "Training Pedenet for %d steps, networks in %s.",
-            self._planned_steps,
+            self._schedule.total_steps,
             "bfloat16" if self._uses_bfloat16 else "float32",
         )
 
-    def _set_region(self) -> None:
-        """Take the region of interest that was asked for.
+    def _training_set(self) -> TrainingSet:
+        """Return the training images, in a training and outside of it."""
+        return TrainingSet(self.trainer, self.pre_processor, self.device, self._asked_of_bank)
 
-        Raises:
-            ValueError: If it cannot be used; the message names the file.
-        """
-        region, roi = self.model.region, self.hparams.roi
-        region.reset()
-        if roi == AUTO_ROI:
-            region.set(find_roi(self._sample_of_normal_images(_CALIBRATION_IMAGES)))
-        elif roi is not None:
-            transform = getattr(self.pre_processor, "transform", None)
-            paths = self._training_paths()
-            if paths:
-                size = image_size_of(paths[0])
-            else:  # as the data set delivers its images
-                (batch,) = self._normal_images([0]).loader
-                size = (batch.image.shape[-2], batch.image.shape[-1])
-            region.set(read_roi(roi, size, transform or torch.nn.Identity()).to(self.device))
-        if not region.is_everywhere:
-            logger.info("The region of interest is %.0f %% of the images.", 100 * region.visible.mean())
-        elif roi is not None:
-            logger.warning("The region of interest %s is all of the images.", roi)
+    def _trained_on(self, images: TrainingSet) -> Sequence[int]:
+        """Return the positions of the training images that are not held back."""
+        return range(len(images)) if self._held_back is None else self._held_back.trained_on
 
-    def _end_early_on_plain_images(self, num_images: int) -> None:
-        """Warn that the training images examined show nothing, and make a single step where those are all there are."""
-        is_all = num_images == len(self._trained_on)
-        logger.warning(
-            "Each of the %d training images that were examined is of one colour, so that there is nothing to learn%s. "
-            "Look into the folder of normal training images, and check the transforms.",
-            num_images,
-            ", and the training ends after its first step" if is_all else "",
-        )
-        if is_all:
-            self._planned_steps = 1
+    def _set_region(self, images: TrainingSet) -> None:
+        """Take the region of interest that was asked for."""
+        transform = getattr(self.pre_processor, "transform", None)
+        set_region(self.model.region, self.hparams.roi, images, self._trained_on(images), transform)
+
+    def on_train_epoch_start(self) -> None:
+        """Have the first epoch of a seeded or resumed training draw from the generators as they are meant to be."""
+        self._resuming.begin_epoch(self.trainer, self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Make several optimizer steps on a batch of normal images.
@@ -596,11 +477,9 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         """
         del batch_idx
         check_finite(batch)
-        self._planned_random = None
-        optimizer = self.optimizers()
-        remaining = max(0, self._planned_steps - self.trainer.global_step)
-        pool, guard, step = self._pool, self._guard, self._step
-        if pool is None or guard is None or step is None:
+        self._resuming.begin_batch()
+        trainer, schedule, pool = self.trainer, self._schedule, self._pool
+        if pool is None:
             msg = "There is no pool of training images: train with anomalib's Engine or a Lightning Trainer."
             raise RuntimeError(msg)
         chosen = range(len(batch.image)) if self._held_back is None else self._held_back.trainable(batch)
@@ -608,407 +487,97 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         if len(images):
             paths = getattr(batch, "image_path", None)
             pool.add(self.model.standardize(images), paths and [str(paths[position]) for position in chosen])
+        remaining = max(0, schedule.total_steps - trainer.global_step)
         history: list[dict[str, torch.Tensor]] = []
-        for _ in range(min(remaining, self._steps_per_image() * len(images))):
-            self._is_bank_stale = True
-            guard.begin()
-            with naming_files(batch):
-                loss, metrics = self._joint_loss(step, pool.images)
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            # Gradients are means over the processes already, so that all of them skip a step or none.
-            is_skipped = guard.check(self.trainer.strategy.reduce(loss.detach(), reduce_op="mean"))
-            optimizer.step()
-            scheduler = self.lr_schedulers()  # each time anew, as it may be replaced
-            if scheduler is not None:
-                scheduler.step()
-            history.append(metrics | {"skipped_steps": is_skipped})
-            self._report_progress(metrics)
-            if is_told_to_stop(self.trainer):
-                logger.info("The training was told to stop after %d steps.", self.trainer.global_step)
+        for _ in range(min(remaining, schedule.steps_per_image * len(images))):
+            history.append(self._make_step(batch, pool))
+            if is_told_to_stop(trainer):
+                logger.info("The training was told to stop after %d steps.", trainer.global_step)
                 # After a signal there is no time for a validation: Lightning ends at once.
-                self.trainer.should_stop = not self.trainer.received_sigterm
+                trainer.should_stop = not trainer.received_sigterm
                 break
-        history = self._without_skipped(history)
-        if history:
-            means = torch.stack([torch.stack([step[name].float() for step in history]).mean() for name in history[0]])
-            means = self.trainer.strategy.reduce(means, reduce_op="mean")  # every process goes on with the same
-            self._report(dict(zip(history[0], means, strict=True)))
-            self._shorten_at_chance()
-        if self.trainer.global_step >= self._planned_steps or is_last_batch(self.trainer):
+        self._look_back(history)
+        if trainer.global_step >= schedule.total_steps or is_last_batch(trainer):
             # Unlike the Trainer's own limit of steps, this lets a last validation run, which sets the thresholds.
-            self.trainer.should_stop = True
-        if self.trainer.should_stop and can_stop_early(self.trainer):
+            trainer.should_stop = True
+        if trainer.should_stop and can_stop_early(trainer):
             self._see_to_last_validation()
 
-    def _see_to_last_validation(self) -> None:
-        """Have the epoch that ends with this batch validated, also where not every epoch is."""
-        interval = self.trainer.check_val_every_n_epoch
-        if interval is not None and self._epochs_between_validations is None:
-            self._epochs_between_validations, self.trainer.check_val_every_n_epoch = interval, 1
+    def _make_step(self, batch: Batch, pool: ImagePool) -> dict[str, torch.Tensor]:
+        """Make an optimizer step, and return what there is to report of it, and whether it was skipped."""
+        guard, step, optimizer = self._guard, self._step, self.optimizers()
+        assert guard is not None and step is not None  # noqa: PT018 - made with the pool
+        self._is_bank_stale = True
+        guard.begin()
+        with naming_files(batch):
+            loss, metrics = self._joint_loss(step, pool.images)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        # Gradients are means over the processes already, so that all of them skip a step or none.
+        is_skipped = guard.check(self.trainer.strategy.reduce(loss.detach(), reduce_op="mean"))
+        optimizer.step()
+        scheduler = self.lr_schedulers()  # each time anew, as it may be replaced
+        if scheduler is not None:
+            scheduler.step()
+        if self.trainer.is_global_zero:
+            self._progress.report(self.trainer.global_step, self._schedule.total_steps, metrics["train_loss"])
+        return metrics | {"skipped_steps": is_skipped}
 
-    def _shorten_at_chance(self) -> None:
-        """Shorten a long training where location prediction is still at chance, see ``max_steps_at_chance``.
+    def _joint_loss(self, step: TrainingStep, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss of one step on standardised images, over all scales, and detached scalars to report."""
+        return step(images, self._schedule.density_scale(self.trainer.global_step))
 
-        What is left of it goes by the schedule of the shorter training, so that the rate falls to 0 as in any other.
-        """
-        step, length = self.trainer.global_step, self.hparams.max_steps_at_chance
-        is_decided = self._shortened_to is not None or length is None or not self.model.projections
-        if is_decided or self.hparams.lambda_lpn == 0 or step < _DECISION * length:
-            return
-        shortened = max(length, math.ceil(step / _DECISION))  # a batch may serve so many steps that the time has passed
-        if shortened >= self._planned_steps or self._learned()[min(self.model.patch_sizes)] >= MIN_SCALE_WEIGHT:
-            return
-        logger.warning(
-            "Location prediction is still near chance after %d steps: the training ends after %d instead of %d, since "
-            "more would make such a surface's scores worse (max_steps_at_chance).",
-            step,
-            shortened,
-            self._planned_steps,
-        )
-        self._shortened_to = self._planned_steps = shortened
-        for config in self.trainer.lr_scheduler_configs:
-            config.scheduler = self._make_schedule(self.optimizers().optimizer, shortened, step - 1)
-
-    def _learned(self) -> dict[int, float]:
-        """Return how much location prediction has learned at each trained size, from 0 (chance) to 1."""
-        losses = {size: self._last_metrics[f"loss_lpn_{size}"] for size in self.model.patch_sizes}
-        return {size: 1 - float(synthetic_weight(loss)) for size, loss in losses.items()}
-
-    def _without_skipped(self, history: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        """Count the steps of a batch that were skipped, and return the metrics of the others.
+    def _look_back(self, history: list[dict[str, torch.Tensor]]) -> None:
+        """Report a batch's steps, count those that were skipped, and shorten a training that learns nothing.
 
         Raises:
             ValueError: If many in a row were skipped.
         """
-        flags = torch.stack([step.pop("skipped_steps") for step in history]).tolist() if history else []
-        self.log("skipped_steps", float(sum(flags)), on_step=False, on_epoch=True, reduce_fx="sum", batch_size=1)
-        for step, is_skipped in zip(history, flags, strict=True):
-            self._skipped_in_row = self._skipped_in_row + 1 if is_skipped else 0
-            if self._skipped_in_row == MAX_SKIPPED_IN_ROW:
-                terms = ", ".join(f"{name} {value:.3g}" for name, value in step.items())
-                msg = (
-                    f"The training loss or its gradients are not finite after {self.trainer.global_step} steps, "
-                    f"{MAX_SKIPPED_IN_ROW} in a row of which were skipped ({terms}): lower learning_rate or "
-                    "lambda_den, or raise covariance_jitter. Earlier checkpoints are untouched."
-                )
-                raise ValueError(msg)
-        if any(flags):
-            logger.warning(
-                "%d of the last %d steps were skipped, since the loss or its gradients were not finite.",
-                sum(flags),
-                len(flags),
-            )
-            schedule = self.lr_schedulers()
-            if isinstance(schedule, torch.optim.lr_scheduler.OneCycleLR):
-                schedule.last_epoch -= sum(flags) + 1  # only here is it known how many were made
-                schedule.step()
-        return [step for step, is_skipped in zip(history, flags, strict=True) if not is_skipped]
-
-    def _joint_loss(self, step: TrainingStep, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss of one step on standardised images, over all scales, and detached scalars to report."""
-        return step(images, self._density_scale())
-
-    def _density_scale(self) -> float:
-        """Return the factor on L_DEN and L_reg: 0 during the warm-up, then rising to 1 over the same time again."""
-        warmup = self.hparams.density_warmup * self._planned_steps
-        return 1.0 if warmup == 0 else min(1.0, max(0.0, self.trainer.global_step / warmup - 1))
-
-    def _total_steps(self) -> int:
-        """Return the number of optimizer steps that this training will make, under the model's and Trainer's limits."""
         trainer = self.trainer
-        limits = [int(self.hparams.max_steps)]
-        if self._shortened_to is not None:
-            limits.append(self._shortened_to)
-        if trainer.max_steps > 0:
-            limits.append(trainer.max_steps)
-        num_images = self._images_per_epoch()
-        if trainer.max_epochs is not None and trainer.max_epochs > 0 and num_images is not None:
-            limits.append(trainer.max_epochs * num_images * self._steps_per_image())
-        return max(1, min(limits))
-
-    def _images_per_epoch(self) -> int | None:
-        """Return the number of training images in an epoch, or ``None`` if it is not known."""
-        num_batches = self.trainer.num_training_batches
-        if not math.isfinite(num_batches):
-            return None
-        loader = self.trainer.train_dataloader
-        return min(int(num_batches) * (getattr(loader, "batch_size", None) or 1), len(loader.dataset))
-
-    def _steps_per_image(self) -> int:
-        """Return the number of steps made for each image of a batch."""
-        if self.hparams.steps_per_image is not None:
-            return int(self.hparams.steps_per_image)
-        num_images = self._images_per_epoch()
-        if num_images is None:
-            return _STEPS_PER_IMAGE
-        limit = self.trainer.max_epochs
-        epochs = min(_EPOCHS, limit) if limit is not None and limit > 0 else _EPOCHS
-        return max(1, math.ceil(self.hparams.max_steps / (epochs * num_images)))
-
-    def _report_progress(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Say in the log now and then how far the training is: a batch can take minutes."""
-        step = self.trainer.global_step
-        if step % max(1, self._planned_steps // _NUM_REPORTS) or not self.trainer.is_global_zero:
+        are_skipped = torch.stack([step.pop("skipped_steps") for step in history]).tolist() if history else []
+        skipped = float(sum(are_skipped))
+        self.log("skipped_steps", skipped, on_step=False, on_epoch=True, reduce_fx="sum", batch_size=1)
+        self._progress.watch_skipped(trainer.global_step, are_skipped, history)
+        take_back(self.lr_schedulers(), sum(are_skipped))
+        history = [step for step, is_skipped in zip(history, are_skipped, strict=True) if not is_skipped]
+        if not history:
             return
-        first_step, start = self._clock
-        rate = (step - first_step) / (time.monotonic() - start)
-        logger.info(
-            "Step %d of %d, %.1f steps/s, about %.0f s left, loss %.3f.",
-            step,
-            self._planned_steps,
-            rate,
-            (self._planned_steps - step) / rate,
-            metrics["train_loss"].item(),
-        )
+        means = torch.stack([torch.stack([step[name].float() for step in history]).mean() for name in history[0]])
+        means = trainer.strategy.reduce(means, reduce_op="mean")  # every process goes on with the same
+        self._report(dict(zip(history[0], means, strict=True)))
+        if not self.model.projections:
+            return
+        step, smallest = trainer.global_step, min(self.model.patch_sizes)
+        if self._schedule.shorten_at_chance(step, self._learned()[smallest]):
+            for config in trainer.lr_scheduler_configs:
+                config.scheduler = self._schedule.learning_rate(self.optimizers().optimizer, step - 1)
 
     def _report(self, metrics: dict[str, torch.Tensor]) -> None:
         """Log the means over a batch's steps, show their essence on the progress bar, and watch for collapse."""
         self._last_metrics = metrics
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1)
         sizes = self.model.patch_sizes
-        for label, prefix in (("den", "loss_den"), ("lpn", "loss_lpn"), ("reg", "loss_reg"), ("syn", "loss_syn")):
-            value = torch.stack([metrics[f"{prefix}_{size}"] for size in sizes]).sum()
+        shown = {
+            label: torch.stack([metrics[f"loss_{label}_{size}"] for size in sizes]).sum()
+            for label in ("den", "lpn", "reg", "syn")
+        }
+        shown["lp_acc"] = torch.stack([metrics[f"lp_accuracy_{size}"] for size in sizes]).mean()
+        shown["spread"] = torch.stack([metrics[f"spread_{size}"] for size in sizes]).min()
+        step = self.trainer.global_step
+        for label, value in (shown | {"step": float(step)}).items():
             self.log(label, value, prog_bar=True, logger=False, on_step=True, on_epoch=False)
-        accuracy = torch.stack([metrics[f"lp_accuracy_{size}"] for size in sizes]).mean()
-        self.log("lp_acc", accuracy, prog_bar=True, logger=False, on_step=True, on_epoch=False)
-        spread = torch.stack([metrics[f"spread_{size}"] for size in sizes]).min()
-        self.log("spread", spread, prog_bar=True, logger=False, on_step=True, on_epoch=False)
-        self.log("step", float(self.trainer.global_step), prog_bar=True, logger=False, on_step=True, on_epoch=False)
-        if spread < COLLAPSE_SPREAD and not self._has_warned_of_collapse:
-            self._has_warned_of_collapse = True
-            logger.warning(
-                "The embeddings have collapsed (spread %.3f after %d steps, below %.2f): patches can hardly be told "
-                "apart and the anomaly map will be poor. Lower lambda_den and lambda_reg, or raise density_warmup, "
-                "lambda_var or min_std.",
-                spread,
-                self.trainer.global_step,
-                COLLAPSE_SPREAD,
-            )
+        self._progress.watch_spread(step, shown["spread"])
 
-    # ------------------------------------------------------------------------------------------------------ resuming
+    def _learned(self) -> dict[int, float]:
+        """Return how much location prediction has learned at each trained size, from 0 (chance) to 1."""
+        losses = {size: self._last_metrics[f"loss_lpn_{size}"] for size in self.model.patch_sizes}
+        return {size: 1 - float(synthetic_weight(loss)) for size, loss in losses.items()}
 
-    def _training_state(self) -> list[dict[str, Any]]:
-        """Return what each process needs to go on exactly: its generators and what is in its pool of images."""
-        pool = self._pool
-        state: dict[str, Any] = {"random": random_state(self.device), "skipped_in_row": self._skipped_in_row}
-        positions = self._positions(pool.sources) if pool is not None else []
-        if pool is not None and positions is not None:
-            names = [Path(str(source)).name for source in pool.sources]
-            state["pool"] = pool.state_dict() | {"positions": positions, "names": names}
-        states = [state] * self.trainer.world_size
-        if self.trainer.world_size > 1:
-            torch.distributed.all_gather_object(states, state)
-        return states
-
-    def _positions(self, paths: Sequence[str | None]) -> list[int] | None:
-        """Return where files stand in the training set, or ``None`` if that is not known."""
-        known = {path: position for position, path in enumerate(self._training_paths())}
-        positions = [known.get(path or "", -1) for path in paths]
-        return None if -1 in positions else positions
-
-    def _training_paths(self) -> list[str]:
-        """Return the files of the training set in order, as far as it tells them."""
-        samples = getattr(self._train_loader().dataset, "samples", None)
-        return [] if samples is None else [str(path) for path in samples["image_path"]]
-
-    def _resume(self, pool: ImagePool) -> None:
-        """Go on where a checkpoint was: with the images of the pool, and the random generators."""
-        states, self._loaded_training = self._loaded_training, None
-        if self.trainer.global_step == 0:
-            return
-        if states is None or len(states) != self.trainer.world_size:
-            logger.warning(
-                "The checkpoint was saved by an earlier version or by another number of processes: the training goes "
-                "on from its weights, but not exactly as it would have."
-            )
-            return
-        state = states[self.trainer.global_rank]
-        self._skipped_in_row = state["skipped_in_row"]
-        if "pool" in state:
-            self._restore_pool(pool, state["pool"])
-        self._planned_random = state["random"]
-        set_random_state(state["random"], self.device)
-
-    def _seed_training(self) -> None:
-        """Seed a new training, each process by another number: else all would draw the same crops."""
-        if self.trainer.global_step > 0:
-            return
-        rank = self.trainer.global_rank
-        if self.hparams.seed is not None:
-            seed_generators(self.hparams.seed + 1 + rank)  # other numbers than those of the weights
-            self._planned_random = random_state(self.device)
-        elif self.trainer.world_size > 1:
-            torch.manual_seed(torch.initial_seed() + rank)
-
-    def on_train_epoch_start(self) -> None:
-        """Have the first epoch of a seeded or resumed training draw from the generators as they are meant to be."""
-        if self._planned_random is None:
-            return
-        set_random_state(self._planned_random, self.device)
-        loop = self.trainer.fit_loop
-        if self.trainer.current_epoch == 0 or loop.is_resuming or loop.epoch_loop.restarting:
-            # The loop has drawn the order of the images before, and draws it at the start of other epochs only.
-            iter(loop._data_fetcher)  # noqa: SLF001 - as the loop itself does
-
-    def _restore_pool(self, pool: ImagePool, state: dict[str, Any]) -> None:
-        """Decode the images again that were in the pool, if the training set is the same."""
-        paths, positions = self._training_paths(), state["positions"]
-        if [Path(paths[position]).name for position in positions if position < len(paths)] != state["names"]:
-            logger.warning("The training set is not that of the checkpoint: the training goes on with its images.")
-            return
-        images = self._normal_images(positions, with_augmentations=True)
-        standardized = (self.model.standardize(image) for image in images)
-        try:
-            pool.load_state_dict(state, standardized, [paths[position] for position in positions])
-        except ValueError as error:
-            logger.warning("%s The training goes on, but not exactly.", error)
-
-    # --------------------------------------------------------------------------------------------------- memory bank
-
-    def fit(self) -> None:
-        """Build the memory bank from all normal training images, without augmentation, with the present weights."""
-        bank_stride = self.hparams.bank_stride
-        self._average_running_statistics()
-        with (
-            torch.inference_mode(mode=False),  # inference tensors could not be saved and trained on afterwards
-            torch.no_grad(),
-            self.trainer.precision_plugin.forward_context(),  # as the images will be scored
-        ):
-            if "roi" in self._asked_of_bank:
-                self._set_region()
-            learned = self._learned() if self._last_metrics and self.hparams.lambda_lpn > 0 else None
-            sample = self._sample_of_normal_images(_CALIBRATION_IMAGES)
-            weights = self.model.calibrate(sample, bank_stride, learned)
-            images = self._normal_images(self._trained_on)
-            progress = tqdm(images, "Building the memory bank", len(images), disable=not self.trainer.is_global_zero)
-            self.model.fit(progress, stride=bank_stride)
-            # Images held back are not in the bank, as those that will be scored.
-            self.model.fit_normal_limit(sample if self._held_back is None else self._held_back.normal.to(self.device))
-        scales = self.model.scale_shares
-        logger.info(
-            "Scored by %s: patches of %s.",
-            self.model.scorer_in_use,
-            ", ".join(f"{size} px, weight {scales[size]:.2f}, of the position {weights[size]:g}" for size in weights),
-        )
-        self._is_fitted = torch.tensor([True], device=self.device)
-        self._is_bank_stale = False
-
-    def _average_running_statistics(self) -> None:
-        """Make the running averages of batch normalisation those of all processes, so that all build the same bank."""
-        if self.trainer.world_size == 1:
-            return
-        for layer in self.model.modules():
-            if isinstance(layer, _BatchNorm):
-                for buffer in (layer.running_mean, layer.running_var):
-                    buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
-
-    @property
-    def _trained_on(self) -> Sequence[int]:
-        """Positions in the training set of the images that are not held back."""
-        if self._held_back is not None:
-            return self._held_back.trained_on
-        return range(len(self._train_loader().dataset))
-
-    def _train_loader(self) -> DataLoader:
-        """Return the loader of the training images, outside a training too.
-
-        Raises:
-            RuntimeError: If there is none.
-        """
-        loader = self.trainer.train_dataloader
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if loader is None and datamodule is not None and getattr(datamodule, "train_data", None) is not None:
-            loader = datamodule.train_dataloader()
-        if loader is None:
-            names = ", ".join(self._asked_of_bank) or "weights"
-            msg = (
-                f"The memory bank has to be built, since the checkpoint has another {names}, but there are no training "
-                f"images: pass the data module of the training, or keep the checkpoint's {names}."
-            )
-            raise RuntimeError(msg)
-        return loader
-
-    def _normal_images(self, indices: Sequence[int], with_augmentations: bool = False) -> NormalImages:
-        """Return pre-processed training images, one by one."""
-        return NormalImages(self._train_loader(), self.pre_processor, self.device, indices, with_augmentations)
-
-    def _sample_of_normal_images(self, limit: int) -> torch.Tensor:
-        """Return at most ``limit`` pre-processed images ``[N, 3, H, W]`` from all over those that are trained on."""
-        indices = self._trained_on
-        chosen = spread(len(indices), self._num_together(limit))
-        return self._normal_images([indices[position] for position in chosen]).together()
-
-    def _num_together(self, limit: int) -> int:
-        """Return how many training images, at most ``limit``, may be in memory together; at least two, or all."""
-        (image,) = self._normal_images([0])
-        return max(MIN_TRAINING_IMAGES, min(limit, _SAMPLE_BYTES // image.nbytes))
-
-    # ----------------------------------------------------------------------------------------- label-free criterion
-
-    def _hold_back(self) -> None:
-        """Choose the images to hold back, evenly spread over the training set, and read them.
-
-        Raises:
-            ValueError: If there are too few training images, or their batches do not say which images they hold.
-        """
-        self._held_back = None
-        if self.hparams.holdout == 0:
-            return
-        num_images = len(self.trainer.train_dataloader.dataset)
-        count = min(self._num_together(_MAX_HELD_BACK), max(1, round(self.hparams.holdout * num_images)))
-        if num_images - count < MIN_TRAINING_IMAGES:
-            msg = (
-                f"The training set has {num_images} normal image(s), too few to hold {count} back (holdout "
-                f"{self.hparams.holdout:g}) and train on {MIN_TRAINING_IMAGES}: set holdout to 0, or add images."
-            )
-            raise ValueError(msg)
-        indices = torch.linspace(0, num_images - 1, count + 2)[1:-1].round().long().tolist()
-        images = self._normal_images(indices)
-        normal = images.together()
-        if len(images.paths) != count:
-            msg = "holdout needs a data module whose batches have image_path, to know the images that are held back."
-            raise ValueError(msg)
-        self._held_back = HeldBack(
-            trained_on=sorted(set(range(num_images)) - set(indices)), paths=frozenset(images.paths), normal=normal
-        )
-
-    def on_validation_epoch_end(self) -> None:
-        """Log how well drawn defects are found on the images held back, if there are any."""
-        super().on_validation_epoch_end()
-        if self._held_back is None:
-            return
-        normal = self._held_back.normal.to(self.device)
-        drawn = draw_test_defects(normal, self.model.region.pixels((normal.shape[-2], normal.shape[-1])))
-        pixel, image = drawn_defect_auroc(self.model, normal, drawn)
-        self.log_dict({"drawn_pixel_AUROC": pixel, "drawn_image_AUROC": image}, prog_bar=True, batch_size=1)
-        logger.info(
-            "AUROC on defects drawn on %d images held back, after %d steps: pixels %.4f, images %.4f.",
-            len(normal),
-            self.trainer.global_step,
-            pixel,
-            image,
-        )
-
-    def on_validation_start(self) -> None:
-        """Rebuild the memory bank if training went on since it was built, and drop what was measured in part."""
-        self._refresh_bank()
-        self._reset_metrics()
-
-    def on_validation_end(self) -> None:
-        """Note which weights were validated."""
-        self._validated_step = self.trainer.global_step
-
-    def on_test_start(self) -> None:
-        """Build the memory bank if a checkpoint was loaded that has another one."""
-        self._refresh_bank()
-        self._reset_metrics()
-        self._warn_without_thresholds()
-
-    def on_predict_start(self) -> None:
-        """Build the memory bank if a checkpoint was loaded that has another one."""
-        self._refresh_bank()
-        self._warn_without_thresholds()
+    def _see_to_last_validation(self) -> None:
+        """Have the epoch that ends with this batch validated, also where not every epoch is."""
+        interval = self.trainer.check_val_every_n_epoch
+        if interval is not None and self._epochs_between_validations is None:
+            self._epochs_between_validations, self.trainer.check_val_every_n_epoch = interval, 1
 
     def on_train_epoch_end(self) -> None:
         """Do nothing: the mixin would build the bank here once and never again."""
@@ -1021,7 +590,7 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
             validate_now(trainer)
         if self._epochs_between_validations is not None:
             trainer.check_val_every_n_epoch = self._epochs_between_validations
-        if self._has_no_thresholds and not trainer.received_sigterm:  # after a signal there is no time for it
+        if lacks_thresholds(self.post_processor) and not trainer.received_sigterm:  # a signal leaves no time for it
             self._set_thresholds()
             save_again(trainer)
         for size in self.model.patch_sizes if self._last_metrics else ():
@@ -1044,51 +613,62 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
         """Return what is pickled, in exports to PyTorch's format: no images."""
         return super().__getstate__() | {"_held_back": None}
 
-    def _reset_metrics(self) -> None:
-        """Reset all metrics: a validation or test that was interrupted leaves scores behind."""
-        for component in (self.post_processor, self.evaluator):
-            for metric in component.modules() if component is not None else ():
-                if isinstance(metric, Metric):
-                    metric.reset()
+    # ------------------------------------------------------------------------------------ memory bank and thresholds
 
-    def _forget_thresholds(self) -> None:
-        """Forget the thresholds of an earlier training, which may have been on other data."""
-        if isinstance(self.post_processor, PostProcessor):
-            for name in THRESHOLDS:
-                getattr(self.post_processor, name).fill_(torch.nan)
+    def fit(self) -> None:
+        """Build the memory bank from all normal training images, without augmentation, with the present weights."""
+        self._average_running_statistics()
+        with self._as_scored():
+            images = self._training_set()
+            if "roi" in self._asked_of_bank:
+                self._set_region(images)
+            build_memory_bank(
+                self.model,
+                images,
+                self._trained_on(images),
+                self.hparams.bank_stride,
+                self._learned() if self._last_metrics and self.hparams.lambda_lpn > 0 else None,
+                unseen=None if self._held_back is None else self._held_back.normal,
+                quiet=not self.trainer.is_global_zero,
+            )
+        self._is_fitted = torch.tensor([True], device=self.device)
+        self._is_bank_stale = False
 
-    @property
-    def _has_no_thresholds(self) -> bool:
-        """Whether thresholds are wanted and there are none."""
-        processor = self.post_processor
-        is_asked = isinstance(processor, PostProcessor) and processor.enable_thresholding
-        return is_asked and bool(torch.isnan(processor.image_threshold))
+    @contextlib.contextmanager
+    def _as_scored(self) -> Iterator[None]:
+        """Compute as images will be scored, and have results that can be saved and trained on afterwards."""
+        with (
+            torch.inference_mode(mode=False),
+            torch.no_grad(),
+            self.trainer.precision_plugin.forward_context(),
+        ):
+            yield
+
+    def _average_running_statistics(self) -> None:
+        """Make the running averages of batch normalisation those of all processes, so that all build the same bank."""
+        if self.trainer.world_size == 1:
+            return
+        for layer in self.model.modules():
+            if isinstance(layer, _BatchNorm):
+                for buffer in (layer.running_mean, layer.running_var):
+                    buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
+
+    def _refresh_bank(self) -> None:
+        """Build the memory bank if it is not that of the present weights."""
+        if self._is_bank_stale:
+            self.fit()
 
     def _set_thresholds(self) -> None:
         """Set the thresholds by the training images, each scored by what is fitted on others."""
-        indices = self._trained_on
-        if len(indices) < MIN_TRAINING_IMAGES:
-            return
-        images = self._normal_images([indices[position] for position in spread(len(indices), _THRESHOLD_IMAGES)])
-        with torch.inference_mode(mode=False), torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            quiet = not self.trainer.is_global_zero
-            found = score_held_out(self.model, images, self.hparams.bank_stride, quiet)
-            scores = [float(predictions.pred_score) for _, predictions in found]
-        chosen = default_threshold(scores)
-        for name in LIMITS:
-            getattr(self.post_processor, name).fill_(chosen.threshold)
-        logger.info(
-            "No validation has set thresholds: they are set by %d training images, each scored by what is fitted on "
-            "others. Of other good images like these %.1f %% will be called defective on average (%.1f to %.1f %%).",
-            len(scores),
-            100 * chosen.rate,
-            100 * chosen.low,
-            100 * chosen.high,
-        )
+        images, quiet = self._training_set(), not self.trainer.is_global_zero
+        with self._as_scored():
+            found = threshold_of_training(self.model, images, self._trained_on(images), self.hparams.bank_stride, quiet)
+        if found is not None:
+            set_thresholds(self.post_processor, found.threshold)
 
     def _warn_without_thresholds(self) -> None:
         """Say once that there are no thresholds, if there are none."""
-        if self._has_no_thresholds and not self._has_warned_of_thresholds:
+        if lacks_thresholds(self.post_processor) and not self._has_warned_of_thresholds:
             self._has_warned_of_thresholds = True
             logger.warning(
                 "No validation has set thresholds: what scores higher than all normal training images that were looked "
@@ -1096,193 +676,47 @@ class Pedenet(MemoryBankMixin, PedenetExportMixin, AnomalibModule):
                 "module validation images (val_split_mode, val_split_ratio), and do not set limit_val_batches to 0."
             )
 
-    def _refresh_bank(self) -> None:
-        """Build the memory bank if it is not that of the present weights."""
-        if self._is_bank_stale:
-            self.fit()
+    def on_validation_start(self) -> None:
+        """Rebuild the memory bank if training went on since it was built, and drop what was measured in part."""
+        self._refresh_bank()
+        reset_metrics(self.post_processor, self.evaluator)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See that the memory bank in a checkpoint is that of the weights beside it.
+    def on_validation_epoch_end(self) -> None:
+        """Log how well drawn defects are found on the images held back, if there are any."""
+        super().on_validation_epoch_end()
+        if self._held_back is not None:
+            figures = self._held_back.measure(self.model, self.trainer.global_step)
+            self.log_dict(figures, prog_bar=True, batch_size=1)
 
-        Args:
-            checkpoint (dict[str, Any]): Checkpoint with the already collected ``state_dict``.
-        """
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[_SCORER] = self.model.scorer
-        config = checkpoint.get("anomalib_pre_processor_config") or {}
-        has_transform = getattr(self.pre_processor, "transform", None) is not None
-        checkpoint[_UNSAVED_TRANSFORM] = has_transform and config.get("transform") is None
-        if self._is_bank_stale:
-            self.fit()
-            bank = {name: value for name, value in self.state_dict().items() if name.startswith(_FITTED)}
-            checkpoint["state_dict"].update(bank, _is_fitted=self._is_fitted)
-        checkpoint[_ORIGIN] = self._origin
-        checkpoint[_SHORTENED] = self._shortened_to
+    def on_validation_end(self) -> None:
+        """Note which weights were validated."""
+        self._validated_step = self.trainer.global_step
+
+    def on_test_start(self) -> None:
+        """Build the memory bank if a checkpoint was loaded that has another one."""
+        self._refresh_bank()
+        reset_metrics(self.post_processor, self.evaluator)
+        self._warn_without_thresholds()
+
+    def on_predict_start(self) -> None:
+        """Build the memory bank if a checkpoint was loaded that has another one."""
+        self._refresh_bank()
+        self._warn_without_thresholds()
+
+    def _training_entries(self) -> dict[str, Any]:
+        """Return a checkpoint's entries of the training at hand."""
+        entries: dict[str, Any] = {ORIGIN: self._origin, SHORTENED: self._schedule.shortened_to}
         if self._pool is not None:
-            checkpoint[_TRAINING] = self._training_state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Become the model of a checkpoint, before its weights are loaded, and plan its schedule anew.
-
-        Arguments that were not given, or have their default values, are taken from the checkpoint. Those that were
-        given are used, or refused by name. For another scorer or memory bank the checkpoint gives its networks only:
-        the bank is then built from the training images before anything is scored.
-
-        Args:
-            checkpoint (dict[str, Any]): Loaded checkpoint.
-
-        Raises:
-            ValueError: If the checkpoint is another model's, or an argument was given that it cannot be used with.
-        """
-        # It imports the engine, as models must not.
-        from anomalib_pedenet.checkpoint_io import NETWORK, bring_up_to_date, engine_frame
-
-        if not any(name.startswith(NETWORK) for name in checkpoint.get("state_dict", {})):
-            msg = "The checkpoint holds no Pedenet weights: pass a checkpoint that was trained with --model Pedenet."
-            raise ValueError(msg)
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.TESTING and engine_frame("train"):
-            # `Engine.train` would test the checkpoint from which the training went on, instead of its result.
-            checkpoint["state_dict"] = self.state_dict()
-            return
-        bring_up_to_date(checkpoint)
-        self._take_hyper_parameters(checkpoint)
-        self._take_components(checkpoint)
-        for state in checkpoint.get("lr_schedulers", []):
-            # What is planned anew stands: otherwise a longer max_steps could not be resumed to.
-            state.pop("total_steps", None)
-            state.pop("_schedule_phases", None)
-        self._loaded_training = checkpoint.get(_TRAINING)
-        self._origin = checkpoint.get(_ORIGIN)
-        self._shortened_to = checkpoint.get(_SHORTENED)
-        datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
-        if isinstance(datamodule, AnomalibDataModule):
-            # It resizes images as the pre-processor does that it finds when it is set up: that was another one.
-            datamodule.setup(self.trainer.state.fn)
-
-    def _take_hyper_parameters(self, checkpoint: dict[str, Any]) -> None:
-        """Take the hyper-parameters of a checkpoint, but for those that were asked for.
-
-        Raises:
-            ValueError: If one was asked for that the checkpoint cannot be used with.
-        """
-        # Lightning puts what `load_from_checkpoint` was asked for in the place of what was saved.
-        found = _SAVED.get() or checkpoint.get("hyper_parameters", {})
-        saved = resolve(dict(self.hparams) | found)
-        saved["scorer"] = checkpoint.get(_SCORER, saved["scorer"])
-        saved = {name: saved[name] for name in self.hparams}
-        other = changes(self.hparams, saved)
-        purpose: Purpose = "load"  # by `load_from_checkpoint`: all that differs was asked for
-        if self._trainer is not None:
-            purpose = "resume" if self.trainer.state.fn == TrainerFn.FITTING else "evaluate"
-        asked = other if purpose == "load" else [name for name in other if name in self._given]
-        check_changes(asked, self.hparams, saved, purpose)
-        taken = {name: saved[name] for name in other if name not in asked}
-        if taken:
-            logger.info("Taken from the checkpoint: %s.", ", ".join(f"{name}={taken[name]}" for name in taken))
-            self.hparams.update(taken)
-            tiler = self.model.tiler
-            self._build()
-            self.model.to(self.device)
-            self.model.tiler = tiler
-        self._asked_of_bank = changes_bank(asked)
-        self._is_bank_stale = bool(self._asked_of_bank)
-        if self._is_bank_stale:
-            state = checkpoint["state_dict"]
-            self._replace_state(checkpoint, *_FITTED)
-            chosen = state.get(_CHOSEN)
-            if chosen is not None and len(chosen) == len(checkpoint["state_dict"][_CHOSEN]):
-                checkpoint["state_dict"][_CHOSEN] = chosen  # the weights of the same scales
-        used = [name for name in asked if name in {"stride", "combination", *self._asked_of_bank}]
-        if used:
-            logger.warning(
-                "Other than in the checkpoint: %s.%s Thresholds are the checkpoint's until the next validation.",
-                ", ".join(f"{name}={self.hparams[name]} (was {saved[name]})" for name in used),
-                " The memory bank is built anew from the training images." if self._is_bank_stale else "",
+            entries[TRAINING] = Resuming.state(
+                self.trainer, self.device, self._pool, self._training_set(), self._progress.skipped_in_row
             )
+        return entries
 
-    def _take_components(self, checkpoint: dict[str, Any]) -> None:
-        """Take pre- and post-processor of a checkpoint, but for those that were given.
-
-        Raises:
-            ValueError: If another pre-processor was given than the training had.
-        """
-        given = dict(self._given_components)
-        enabled = dict(checkpoint.get("anomalib_components_enabled") or {})
-        ours, theirs = self.pre_processor, checkpoint.get("anomalib_pre_processor_config")
-        if "pre_processor" in given:
-            is_same = enabled.get("pre_processor", True) == (ours is not None)
-            if isinstance(ours, PreProcessor) and theirs and theirs["transform"] is not None:
-                is_same = is_same and ours.checkpoint_config() == theirs
-            if not is_same:
-                msg = (
-                    "The checkpoint was trained with another pre_processor than the one given, and its weights do not "
-                    "fit other images: leave pre_processor out, or train a new model with it."
-                )
-                raise ValueError(msg)
-        elif checkpoint.get(_UNSAVED_TRANSFORM):
-            msg = (
-                "The checkpoint was trained with a pre_processor whose transform could not be saved in it: give the "
-                "same pre_processor again."
-            )
-            raise ValueError(msg)
-        # anomalib drops and configures components by the checkpoint, those that were given too.
-        kept: dict[str, Any] = {f"anomalib_{name}_config": None for name in given}
-        kept["anomalib_components_enabled"] = enabled | dict.fromkeys(given, True)
-        if "image_size" in self._asked_of_bank:
-            kept["anomalib_pre_processor_config"] = None  # ours resizes to what was asked for
-        super().on_load_checkpoint(checkpoint | kept)
-        resize_as_in_training(self.pre_processor)  # its transform is the checkpoint's now
-        # Thresholds go with the checkpoint; the constants of metrics, such as AUPRO's limit, with who measures.
-        found = checkpoint["state_dict"]
-        for prefix in ("evaluator.", "pre_processor.", "post_processor."):
-            self._replace_state(checkpoint, prefix)
-        state = checkpoint["state_dict"]
-        state.update({name: found[name] for name in state if name.startswith("post_processor.") and name in found})
-
-    def _replace_state(self, checkpoint: dict[str, Any], *prefixes: str) -> None:
-        """Put this model's own state in place of a checkpoint's, where names begin with one of ``prefixes``."""
-        ours = {name: value for name, value in self.state_dict().items() if name.startswith(prefixes)}
-        kept = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(prefixes)}
-        checkpoint["state_dict"] = kept | ours
-
-    @classmethod
-    def load_from_checkpoint(
-        cls,
-        checkpoint_path: str | Path,
-        map_location: _MAP_LOCATION_TYPE = None,
-        hparams_file: str | Path | None = None,
-        strict: bool | None = None,
-        weights_only: bool = True,
-        **kwargs: Any,  # noqa: ANN401 - hyper-parameters of any type
-    ) -> "Pedenet":
-        """Load a model with its memory bank from a checkpoint; see ``AnomalibModule.load_from_checkpoint``.
-
-        Raises:
-            ValueError: If the file is not a whole checkpoint, or not one of this model, or is to be used with an
-                argument that it cannot be used with.
-            TypeError: If an argument is unknown.
-        """
-        # It imports the engine, as models must not.
-        from anomalib_pedenet.checkpoint_io import check_checkpoint_file, saved_hyper_parameters
-
-        unknown = set(kwargs) - set(inspect.signature(cls).parameters) - set(inspect.signature(Pedenet).parameters)
-        if unknown:
-            msg = f"Pedenet has no argument {', '.join(sorted(unknown))}."
-            raise TypeError(msg)
-        check_checkpoint_file(checkpoint_path, weights_only, cls.checkpoint_safe_globals())
-        saved = saved_hyper_parameters(checkpoint_path, weights_only, cls.checkpoint_safe_globals())
-        token = _SAVED.set(saved)
-        try:
-            return super().load_from_checkpoint(
-                checkpoint_path,
-                map_location=map_location,
-                hparams_file=hparams_file,
-                strict=strict,
-                weights_only=weights_only,
-                **kwargs or _asked_of_export(saved),
-            )
-        finally:
-            _SAVED.reset(token)
+    def _take_training_entries(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take what :meth:`_training_entries` gave to a checkpoint."""
+        self._resuming.loaded = checkpoint.get(TRAINING)
+        self._origin = checkpoint.get(ORIGIN)
+        self._schedule.shortened_to = checkpoint.get(SHORTENED)
 
     # ------------------------------------------------------------------------------------------------------- scoring
 
@@ -1342,32 +776,6 @@ def _defaults() -> dict[str, Any]:
     """Return the default values of all hyper-parameters."""
     parameters = inspect.signature(Pedenet.__init__).parameters
     return {name: value.default for name, value in parameters.items() if name not in {"self", *_COMPONENTS}}
-
-
-def _asked_of_export(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the model was given for which ``Engine.export`` calls ``load_from_checkpoint``, if it does.
-
-    The engine makes its model anew from the checkpoint and drops the one that it was given, with all its arguments:
-    only the engine's frame has them.
-
-    Args:
-        saved (Mapping[str, Any]): The checkpoint's hyper-parameters.
-
-    Raises:
-        ValueError: If an argument was given that an export cannot have.
-    """
-    from anomalib_pedenet.checkpoint_io import engine_frame  # imports the engine, as models must not
-
-    frame = engine_frame("export")
-    if frame is None:
-        return {}
-    model = frame.f_locals.get("model")
-    if not isinstance(model, Pedenet):
-        return {}
-    saved = resolve(dict(model.hparams) | dict(saved))
-    asked = [name for name in changes(model.hparams, saved) if name in model._given]  # noqa: SLF001 - of the class
-    check_changes(asked, model.hparams, saved, "export")
-    return {name: model.hparams[name] for name in asked} | model._given_components  # noqa: SLF001
 
 
 def _uses_bfloat16(train_precision: TrainPrecision, device: torch.device) -> bool:

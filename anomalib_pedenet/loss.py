@@ -12,8 +12,9 @@ textures, its loss is lowest when all embeddings are equal, so it drives them th
 term forbids that, and is zero wherever the embeddings spread by themselves.
 
 ``+ lambda_syn L_syn`` is not in the paper either: it asks the embeddings to tell patches with a drawn defect from those
-without (:mod:`anomalib_pedenet.synthetic`), which gives surfaces something to learn. It counts as far as location
-prediction fails: where that has learned to tell places apart, drawn defects have little to add, and distract.
+without (:mod:`anomalib_pedenet.training.synthetic_defects`), which gives surfaces something to learn. It counts as far
+as location prediction fails: where that has learned to tell places apart, drawn defects have little to add, and
+distract.
 
 ``+ lambda_svdd L_SVDD'`` is what Patch-SVDD, the paper's closest relative, has in place of L_DEN: patches of nearly the
 same place are to have the same embedding. It is there to compare with (0 by default).

@@ -8,11 +8,14 @@ anomalib normalises a score ``s`` to ``(s - threshold) / (max - min) + 0.5`` and
 only, nearly all defects become 1.
 """
 
+import math
 from typing import Any
 
 import torch
 from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
+from torch import nn
+from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 LIMITS = ("_image_threshold", "_pixel_threshold")
@@ -117,3 +120,32 @@ def change_unit(scores: torch.Tensor, to: torch.Tensor, at: torch.Tensor) -> tor
     to, at = to.clamp(eps, 1 - eps), at.clamp(eps, 1 - eps)
     above = scores * (to * (1 - at))
     return above / (above + (1 - scores) * (at * (1 - to)))
+
+
+def lacks_thresholds(processor: nn.Module | None) -> bool:
+    """Return whether a post-processor is to set thresholds and has none."""
+    if not isinstance(processor, PostProcessor) or not processor.enable_thresholding:
+        return False
+    return bool(torch.isnan(processor.image_threshold))
+
+
+def set_thresholds(processor: nn.Module | None, threshold: float) -> None:
+    """Set the thresholds of images and pixels, or forget them.
+
+    Args:
+        processor (nn.Module | None): Post-processor; others than anomalib's are left alone.
+        threshold (float): Score above which an image and a pixel are defective, as the model gives it; NaN to forget
+            all that was learned from scores.
+    """
+    if not isinstance(processor, PostProcessor):
+        return
+    for name in THRESHOLDS if math.isnan(threshold) else LIMITS:
+        getattr(processor, name).fill_(threshold)
+
+
+def reset_metrics(*components: nn.Module | None) -> None:
+    """Reset the metrics of evaluators and post-processors: what was interrupted leaves scores behind."""
+    for component in components:
+        for metric in component.modules() if component is not None else ():
+            if isinstance(metric, Metric):
+                metric.reset()

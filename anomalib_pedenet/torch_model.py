@@ -26,10 +26,10 @@ from anomalib_pedenet.networks import (
     PatchEmbeddingNetwork,
 )
 from anomalib_pedenet.patches import BASE_STRIDE, MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE, grid_size
-from anomalib_pedenet.position import PositionEncoding, choose_weight
-from anomalib_pedenet.projection import PrincipalProjection
 from anomalib_pedenet.region import RegionOfInterest
 from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
+from anomalib_pedenet.scorers.position import PositionEncoding, choose_weight
+from anomalib_pedenet.scorers.projection import PrincipalProjection
 from anomalib_pedenet.tiling import tile, untile
 
 MIN_SCALE_WEIGHT = 0.2
@@ -105,7 +105,8 @@ class PedenetModel(nn.Module):
         num_components (int): Number K of mixture components of the DE network. Defaults to ``10``.
         seed (int): Seed of the scorers. Defaults to ``0``.
         position_weight (float | Literal["auto"]): Weight of a patch's position in its distance to normal ones, or
-            ``"auto"`` to choose it from normal images, see :mod:`anomalib_pedenet.position`. Defaults to ``"auto"``.
+            ``"auto"`` to choose it from normal images, see :mod:`anomalib_pedenet.scorers.position`. Defaults to
+            ``"auto"``.
         batch_norm (bool): Whether the small encoder has batch normalisation. Defaults to ``True``.
         defect_prediction (bool): Whether there is a network at each scale to be trained on drawn defects.
             Defaults to ``False``.

@@ -34,11 +34,11 @@ from sklearn.metrics import precision_recall_curve, roc_auc_score
 from train import append
 
 from anomalib_pedenet.anomaly_map import scores_to_map
+from anomalib_pedenet.data.normal_images import spread
 from anomalib_pedenet.loss import synthetic_weight
-from anomalib_pedenet.normal_images import spread
-from anomalib_pedenet.position import PositionEncoding, choose_weight, neighbor_distance
-from anomalib_pedenet.projection import NEIGHBOR_DISTANCE
-from anomalib_pedenet.training_step import TrainingStep
+from anomalib_pedenet.scorers.position import PositionEncoding, choose_weight, neighbor_distance
+from anomalib_pedenet.scorers.projection import NEIGHBOR_DISTANCE
+from anomalib_pedenet.training.step import TrainingStep
 
 SIZES = (16, 24, 32, 64)
 SCORERS = ("plain", "white", "gauss")

@@ -36,11 +36,11 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from train import append, make_datamodule
 
 from anomalib_pedenet.anomaly_map import combine_maps, scores_to_map
-from anomalib_pedenet.criterion import draw_test_defects
 from anomalib_pedenet.patches import MID_LEVEL_SIZES
-from anomalib_pedenet.position import WEIGHTS, PositionEncoding, choose_weight, measure_alignment
-from anomalib_pedenet.projection import PrincipalProjection
 from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
+from anomalib_pedenet.scorers.position import WEIGHTS, PositionEncoding, choose_weight, measure_alignment
+from anomalib_pedenet.scorers.projection import PrincipalProjection
+from anomalib_pedenet.training.drawn_defects import draw_test_defects
 
 _ALL_ROWS = 10_000_000
 _ALIGNMENT_STRIDE = 8

@@ -99,7 +99,7 @@ def _register_after_exec(spec: "ModuleSpec") -> None:
 def _register() -> None:
     """Call the registration; whatever goes wrong there must not stop the host."""
     try:
-        from anomalib_pedenet.registration import register
+        from anomalib_pedenet.host.registration import register
 
         register()
     except ModuleNotFoundError as error:

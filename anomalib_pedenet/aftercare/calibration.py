@@ -16,7 +16,7 @@ from anomalib_pedenet.aftercare.images import ImageSource
 from anomalib_pedenet.aftercare.inspection import THRESHOLD
 from anomalib_pedenet.aftercare.inspector import Inspector
 from anomalib_pedenet.false_alarms import FalseAlarmThreshold, choose_threshold
-from anomalib_pedenet.held_out import score_held_out
+from anomalib_pedenet.training.out_of_fold import score_out_of_fold
 
 
 class Calibration(NamedTuple):
@@ -86,7 +86,7 @@ def calibrate_checkpoint(
     if others:
         scores += [float(model(image).pred_score) for image in tqdm(others, "Scoring good images", disable=None)]
     if known:
-        held_out = score_held_out(model, known, inspector.model.hparams.bank_stride)
+        held_out = score_out_of_fold(model, known, inspector.model.hparams.bank_stride)
         scores += [float(predictions.pred_score) for _, predictions in held_out]
     chosen = choose_threshold(scores, false_alarm_rate)
     threshold = chosen.threshold

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from anomalib_pedenet.aftercare.images import PreparedImages, as_seen
 from anomalib_pedenet.aftercare.inspection import Box, Explanation
 from anomalib_pedenet.anomaly_map import scores_to_map
-from anomalib_pedenet.normal_images import spread
+from anomalib_pedenet.data.normal_images import spread
 from anomalib_pedenet.torch_model import PedenetModel
 
 # Normal images that are searched: their patches take 100 MiB in half precision, of 256x256 px and at four scales.

@@ -14,7 +14,7 @@ from typing import Any
 from lightning_utilities.core.imports import module_available
 
 from anomalib_pedenet.aftercare.inspection import THRESHOLD
-from anomalib_pedenet.checkpoint_io import written_whole
+from anomalib_pedenet.host.checkpoint_io import written_whole
 
 # Outputs of an export: scores, what is flagged by them, and which of the thresholds they go by.
 _OUTPUTS = (("pred_score", "pred_label", "image"), ("anomaly_map", "pred_mask", "pixel"))

@@ -15,9 +15,9 @@ from anomalib_pedenet.aftercare.edits import check_exists
 from anomalib_pedenet.aftercare.explanation import NormalPatches
 from anomalib_pedenet.aftercare.images import ImageSource, PreparedImages, as_seen, image_files
 from anomalib_pedenet.aftercare.inspection import Inspection, Truth
-from anomalib_pedenet.held_out import score_held_out
 from anomalib_pedenet.lightning_model import Pedenet
 from anomalib_pedenet.region import image_size_of, read_roi
+from anomalib_pedenet.training.out_of_fold import score_out_of_fold
 
 
 class Inspector:
@@ -108,7 +108,7 @@ class Inspector:
             ValueError: As :meth:`inspect`.
         """
         images = self.prepared(source)
-        for index, predictions in score_held_out(self.model.model, images, self.model.hparams.bank_stride):
+        for index, predictions in score_out_of_fold(self.model.model, images, self.model.hparams.bank_stride):
             yield self._inspection(images, index, predictions, "good", normal_patches)
 
     def _inspection(

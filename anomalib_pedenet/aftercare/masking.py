@@ -14,10 +14,10 @@ from PIL import Image
 from anomalib_pedenet.aftercare.edits import both_thresholds, edit_checkpoint
 from anomalib_pedenet.aftercare.images import ImageSource, as_seen
 from anomalib_pedenet.aftercare.inspector import Inspector
+from anomalib_pedenet.data.normal_images import spread
 from anomalib_pedenet.false_alarms import FalseAlarmThreshold, default_threshold
-from anomalib_pedenet.held_out import score_held_out
-from anomalib_pedenet.normal_images import spread
 from anomalib_pedenet.region import AUTO_ROI, find_roi
+from anomalib_pedenet.training.out_of_fold import score_out_of_fold
 
 _SAMPLE = 32  # images that the choices of a training are made by
 
@@ -91,7 +91,7 @@ def mask_checkpoint(
     model.calibrate(sample, stride)
     model.fit(images, stride)
     model.fit_normal_limit(sample)
-    scores = [float(found.pred_score) for _, found in score_held_out(model, images, stride)]
+    scores = [float(found.pred_score) for _, found in score_out_of_fold(model, images, stride)]
     chosen = default_threshold(scores)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items() if not name.startswith(_KEPT)}
     if isinstance(lightning_model.post_processor, PostProcessor):

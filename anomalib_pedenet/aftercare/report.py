@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from anomalib_pedenet.aftercare.inspection import THRESHOLD, Box, Explanation, Inspection
-from anomalib_pedenet.checkpoint_io import written_whole
+from anomalib_pedenet.host.checkpoint_io import written_whole
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 

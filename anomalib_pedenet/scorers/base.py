@@ -28,7 +28,7 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
     Attributes:
         exportable (bool): Whether :meth:`forward` can be part of an ONNX or OpenVINO graph.
         encodes_position (bool): Whether embeddings are to arrive with their weighted position appended, see
-            :mod:`anomalib_pedenet.position`.
+            :mod:`anomalib_pedenet.scorers.position`.
         by_place (bool): Whether it learns each place of the image by itself. Embeddings must then arrive as grids
             ``[B, h, w, Z]``, of the same size and stride in the fit and afterwards.
         typical_score (torch.Tensor): Typical score of a normal patch, scalar; 1 before fitting. Dividing by it makes

@@ -31,7 +31,7 @@ from anomalib_pedenet.aftercare.command import main
 from anomalib_pedenet.aftercare.drift import draw_drift, find_drift
 from anomalib_pedenet.aftercare.edits import EDITS, edit_checkpoint, read_checkpoint
 from anomalib_pedenet.aftercare.teaching import LostDefectError
-from anomalib_pedenet.held_out import score_held_out
+from anomalib_pedenet.training.out_of_fold import score_out_of_fold
 from tests.integration.conftest import write_dataset
 
 DOCUMENT = Path(__file__).parents[2] / "docs/after_training.md"
@@ -142,7 +142,7 @@ def test_a_training_image_is_scored_by_what_is_fitted_on_the_others(
     inspector = Inspector(trained[1])
     images = inspector.prepared(stripes / "train/good")
     before = {name: value.clone() for name, value in inspector.model.state_dict().items()}
-    scores = {index: float(found.pred_score) for index, found in score_held_out(inspector.model.model, images, 8)}
+    scores = {index: float(found.pred_score) for index, found in score_out_of_fold(inspector.model.model, images, 8)}
     assert_equal_states(before, inspector.model.state_dict())
     assert sorted(scores) == list(range(6))
     # The second of four parts: images 1 and 5.

@@ -15,7 +15,7 @@ from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 
 from anomalib_pedenet import Pedenet
-from anomalib_pedenet.training_step import TrainingStep
+from anomalib_pedenet.training.step import TrainingStep
 from tests.integration.trainings import SMALL
 
 

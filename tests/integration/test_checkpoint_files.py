@@ -18,7 +18,7 @@ from anomalib.engine import Engine
 from anomalib.models import Padim
 
 from anomalib_pedenet import Pedenet
-from anomalib_pedenet.checkpoint_io import CheckedCheckpointIO, check_checkpoint_file
+from anomalib_pedenet.host.checkpoint_io import CheckedCheckpointIO, check_checkpoint_file
 from tests.integration.trainings import start
 
 FLIPS = 200

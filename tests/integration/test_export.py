@@ -24,7 +24,7 @@ from PIL import Image
 from torchvision.transforms.v2 import Resize
 
 from anomalib_pedenet import Pedenet
-from anomalib_pedenet.export import OPSETS
+from anomalib_pedenet.host.export import OPSETS
 
 
 @pytest.fixture(scope="module")

@@ -223,7 +223,7 @@ def test_every_import_order(installed: Environment) -> None:
             assert Pedenet is anomalib_pedenet.Pedenet
             assert "pedenet" in list_models()
 
-        ours = ["", ".lightning_model", ".torch_model", ".networks", ".scorers", ".registration"]
+        ours = ["", ".lightning_model", ".torch_model", ".networks", ".scorers", ".host.registration"]
         orders = [("anomalib_pedenet" + name, hook) for name in ours for hook in (True, False)]
         orders += [
             ("anomalib" + name, True)

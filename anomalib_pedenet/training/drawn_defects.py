@@ -4,10 +4,10 @@
 """How good a training is, by normal images alone: AUROC on defects drawn on images that were held back.
 
 Two kinds of defect, drawn by other means than those that the embeddings are trained on
-(:mod:`anomalib_pedenet.synthetic`): a piece of the image turned and put elsewhere, and a swirl. Both change how a part
-is built and leave its colours; lines, stains and smoothed areas rank trainings no better than chance, or the wrong way
-round (``docs/training.md``). They depend on the images and a seed only, so that settings and epochs are compared on
-the very same pictures.
+(:mod:`anomalib_pedenet.training.synthetic_defects`): a piece of the image turned and put elsewhere, and a swirl. Both
+change how a part is built and leave its colours; lines, stains and smoothed areas rank trainings no better than chance,
+or the wrong way round (``docs/training.md``). They depend on the images and a seed only, so that settings and epochs
+are compared on the very same pictures.
 """
 
 from collections.abc import Callable

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from anomalib_pedenet.patches import grid_size
-from anomalib_pedenet.synthetic import MIN_COVERAGE, draw_defects, draw_masks, label_patches, smooth_noise
+from anomalib_pedenet.training.synthetic_defects import (
+    MIN_COVERAGE,
+    draw_defects,
+    draw_masks,
+    label_patches,
+    smooth_noise,
+)
 
 
 @pytest.mark.parametrize("size", [(128, 128), (112, 150)])

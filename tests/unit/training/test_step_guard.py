@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from anomalib_pedenet.step_guard import StepGuard
+from anomalib_pedenet.training.step_guard import StepGuard
 
 
 def step(network: nn.Module, optimizer: torch.optim.Optimizer, guard: StepGuard | None, scale: float) -> torch.Tensor:

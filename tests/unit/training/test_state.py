@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from anomalib_pedenet.training_state import random_state, set_random_state
+from anomalib_pedenet.training.state import random_state, set_random_state
 
 
 def draw() -> list[float]:

@@ -34,7 +34,7 @@ def register() -> None:
             of the host is overwritten, and ``from anomalib_pedenet import Pedenet`` still works.
 
     Example:
-        >>> from anomalib_pedenet.registration import register
+        >>> from anomalib_pedenet.host.registration import register
         >>> register()
         >>> from anomalib.models import list_models
         >>> "pedenet" in list_models()

@@ -7,9 +7,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # of one process, and synchronised over several
 
-MAX_SKIPPED_IN_ROW = 10
-"""A training is ended after as many skipped steps in a row."""
-
 
 class StepGuard:
     """Keeps a model as it was before a step that cannot be made.

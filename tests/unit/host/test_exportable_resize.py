@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Normalize, Resize, Transform
 
 from anomalib_pedenet import Pedenet
-from anomalib_pedenet.exportable_resize import ExportableResize, resize_as_in_training, resize_rows
+from anomalib_pedenet.host.exportable_resize import ExportableResize, resize_as_in_training, resize_rows
 
 INTERPOLATIONS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 

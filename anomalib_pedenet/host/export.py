@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from anomalib_pedenet.normal_images import NormalImages, spread
+from anomalib_pedenet.data.normal_images import NormalImages, spread
 from anomalib_pedenet.torch_model import PedenetModel
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class PedenetExportMixin(ExportMixin):
         if not module_available("nncf"):
             msg = "Compression to INT8 needs NNCF: pip install 'anomalib-pedenet[openvino]'."
             raise ModuleNotFoundError(msg, name="nncf")
-        from anomalib_pedenet import quantization
+        from anomalib_pedenet.host import quantization
 
         if compression_type == CompressionType.INT8:
             return quantization.compress_weights(model)

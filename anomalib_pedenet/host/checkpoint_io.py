@@ -17,6 +17,7 @@ import torch
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch import Trainer
 
 from anomalib_pedenet.post_processor import THRESHOLDS
 
@@ -214,6 +215,17 @@ class CheckedCheckpointIO(AnomalibCheckpointIO):
         weights_only = weights_only is not False
         check_checkpoint_file(path, weights_only, self.extra_safe_globals)
         return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
+
+
+def read_checked(trainer: Trainer) -> None:
+    """Have a Trainer read and write whole checkpoints only, unless the user chose how it does.
+
+    Args:
+        trainer (Trainer): Trainer, of anomalib's engine or not.
+    """
+    present = trainer.strategy.checkpoint_io
+    if type(present) is AnomalibCheckpointIO:
+        trainer.strategy.checkpoint_io = CheckedCheckpointIO(present.extra_safe_globals)
 
 
 @contextlib.contextmanager

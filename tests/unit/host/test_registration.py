@@ -13,7 +13,7 @@ from anomalib import models
 from anomalib.models import image
 
 import anomalib_pedenet
-from anomalib_pedenet.registration import MODULES, register
+from anomalib_pedenet.host.registration import MODULES, register
 
 
 @pytest.fixture(autouse=True)

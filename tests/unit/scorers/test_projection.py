@@ -7,8 +7,8 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from anomalib_pedenet.position import neighbor_distance
-from anomalib_pedenet.projection import NEIGHBOR_DISTANCE, PrincipalProjection
+from anomalib_pedenet.scorers.position import neighbor_distance
+from anomalib_pedenet.scorers.projection import NEIGHBOR_DISTANCE, PrincipalProjection
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from anomalib.data import InferenceBatch
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from anomalib_pedenet.criterion import draw_test_defects, drawn_defect_auroc
+from anomalib_pedenet.training.drawn_defects import draw_test_defects, drawn_defect_auroc
 
 
 def surfaces(num_images: int = 10, size: tuple[int, int] = (96, 128)) -> torch.Tensor:

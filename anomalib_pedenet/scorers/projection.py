@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_pedenet.position import neighbor_distance
+from anomalib_pedenet.scorers.position import neighbor_distance
 
 NEIGHBOR_DISTANCE = 0.3
 """Mean distance, after the projection, between a normal patch and its nearest neighbour in other normal images. That

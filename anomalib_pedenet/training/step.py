@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from anomalib_pedenet.loss import PedenetLoss
-from anomalib_pedenet.sampling import EmbeddingSample, draw_views, sample_dense, sample_patches
 from anomalib_pedenet.torch_model import PedenetModel
+from anomalib_pedenet.training.sampling import EmbeddingSample, draw_views, sample_dense, sample_patches
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class _JointLoss(nn.Module):
     def forward(
         self, views: torch.Tensor, masks: torch.Tensor, density_scale: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss of views, see :func:`anomalib_pedenet.sampling.draw_views`, and the scalars to report."""
+        """Return the loss of views, see :func:`.sampling.draw_views`, and the scalars to report."""
         with self.precision(views.device):
             samples = sample_dense(self.embedding_network, views, masks, self.patch_sizes, **self.drawn)
             return self.of_samples(samples, density_scale)

@@ -23,7 +23,7 @@ from anomalib_pedenet.patches import (
     sample_neighbor_pairs,
     sample_positions,
 )
-from anomalib_pedenet.synthetic import draw_defects, label_patches
+from anomalib_pedenet.training.synthetic_defects import draw_defects, label_patches
 
 
 class EmbeddingSample(NamedTuple):

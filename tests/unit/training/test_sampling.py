@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from anomalib_pedenet import sampling
 from anomalib_pedenet.networks import PatchEmbeddingNetwork
 from anomalib_pedenet.patches import NEIGHBOR_DIRECTIONS, sample_jittered_pairs, sample_neighbor_pairs
-from anomalib_pedenet.sampling import draw_views, sample_dense, sample_patches
+from anomalib_pedenet.training import sampling
+from anomalib_pedenet.training.sampling import draw_views, sample_dense, sample_patches
 
 
 @pytest.fixture

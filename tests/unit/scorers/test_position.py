@@ -10,7 +10,7 @@ import torch
 from anomalib.data.utils.tiler import Tiler
 
 from anomalib_pedenet import Pedenet, PedenetModel
-from anomalib_pedenet.position import WEIGHTS, PositionEncoding, choose_weight
+from anomalib_pedenet.scorers.position import WEIGHTS, PositionEncoding, choose_weight
 
 
 def aligned_grids(num_images: int = 6, noise: float = 0.05) -> torch.Tensor:

@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from anomalib_pedenet.image_pool import ImagePool
+from anomalib_pedenet.data.image_pool import ImagePool
 
 
 def batch(*values: float, size: int = 8) -> torch.Tensor:

@@ -30,7 +30,7 @@ class ImageSet(Protocol):
 
 
 @torch.no_grad()
-def score_held_out(
+def score_out_of_fold(
     model: PedenetModel, images: ImageSet, stride: int | None = None, quiet: bool = False
 ) -> Iterator[tuple[int, InferenceBatch]]:
     """Score each of the images that a model was fitted on by what is fitted on others.

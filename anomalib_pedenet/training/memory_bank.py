@@ -1,0 +1,92 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What is fitted on the normal images once the networks are trained: calibration, memory bank, thresholds."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from tqdm import tqdm
+
+from anomalib_pedenet.data.normal_images import MIN_TRAINING_IMAGES, TrainingSet, spread
+from anomalib_pedenet.false_alarms import FalseAlarmThreshold, default_threshold
+from anomalib_pedenet.torch_model import PedenetModel
+from anomalib_pedenet.training.out_of_fold import score_out_of_fold
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_IMAGES = 32
+"""Enough to tell aligned parts from others, and for principal components: 27,000 patches of 256x256 images."""
+
+# Training images that set the thresholds where there was no validation: enough for 1 false alarm in 100, in a minute.
+_THRESHOLD_IMAGES = 400
+
+
+def build_memory_bank(
+    model: PedenetModel,
+    images: TrainingSet,
+    trained_on: Sequence[int],
+    stride: int,
+    learned: Mapping[int, float] | None,
+    unseen: torch.Tensor | None = None,
+    quiet: bool = False,
+) -> None:
+    """Calibrate a model and build its memory bank, with its present weights.
+
+    Args:
+        model (PedenetModel): Model with trained networks.
+        images (TrainingSet): The training images.
+        trained_on (Sequence[int]): Positions of those that the bank is built from.
+        stride (int): Distance between their patches in pixels.
+        learned (Mapping[int, float] | None): What location prediction has learned, see
+            :meth:`PedenetModel.weigh_scales`; ``None`` for what the model knows from before.
+        unseen (torch.Tensor | None): Normal images ``[N, 3, H, W]`` that are not in the bank, as those that will be
+            scored, to take the limit of what is normal from. Defaults to ``None``: some of those that are in it.
+        quiet (bool): Whether no progress is shown. Defaults to ``False``.
+
+    Raises:
+        ValueError: If an image cannot be used.
+    """
+    sample = images.sample(trained_on, CALIBRATION_IMAGES)
+    weights = model.calibrate(sample, stride, learned)
+    read = images.images(trained_on)
+    model.fit(tqdm(read, "Building the memory bank", len(read), disable=quiet), stride=stride)
+    model.fit_normal_limit(sample if unseen is None else unseen.to(sample.device))
+    shares = model.scale_shares
+    logger.info(
+        "Scored by %s: patches of %s.",
+        model.scorer_in_use,
+        ", ".join(f"{size} px, weight {shares[size]:.2f}, of the position {weights[size]:g}" for size in weights),
+    )
+
+
+def threshold_of_training(
+    model: PedenetModel, images: TrainingSet, trained_on: Sequence[int], stride: int, quiet: bool = False
+) -> FalseAlarmThreshold | None:
+    """Choose a threshold by the training images, each scored by what is fitted on others.
+
+    Args:
+        model (PedenetModel): A fitted model.
+        images (TrainingSet): The training images.
+        trained_on (Sequence[int]): Positions of those that it was fitted on.
+        stride (int): Distance between their patches in pixels.
+        quiet (bool): Whether no progress is shown. Defaults to ``False``.
+
+    Returns:
+        FalseAlarmThreshold | None: The threshold; ``None`` of a single image.
+    """
+    if len(trained_on) < MIN_TRAINING_IMAGES:
+        return None
+    chosen = images.images([trained_on[position] for position in spread(len(trained_on), _THRESHOLD_IMAGES)])
+    scores = [float(predictions.pred_score) for _, predictions in score_out_of_fold(model, chosen, stride, quiet)]
+    threshold = default_threshold(scores)
+    logger.info(
+        "No validation has set thresholds: they are set by %d training images, each scored by what is fitted on "
+        "others. Of other good images like these %.1f %% will be called defective on average (%.1f to %.1f %%).",
+        len(scores),
+        100 * threshold.rate,
+        100 * threshold.low,
+        100 * threshold.high,
+    )
+    return threshold

@@ -1,0 +1,143 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Going on with a training exactly where its checkpoint was: random generators, pool of images, skipped steps."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from anomalib_pedenet.data.image_pool import ImagePool
+from anomalib_pedenet.data.normal_images import TrainingSet
+from anomalib_pedenet.training.state import random_state, seed_generators, set_random_state
+
+logger = logging.getLogger(__name__)
+
+
+class Resuming:
+    """Seeds a training, or puts it where its checkpoint was.
+
+    Attributes:
+        loaded (list[dict[str, Any]] | None): What a checkpoint holds of each process, from :meth:`state`, until the
+            training goes on.
+    """
+
+    def __init__(self) -> None:
+        self.loaded: list[dict[str, Any]] | None = None
+        self._random: dict[str, Any] | None = None  # what the first epoch is to draw from, until its first batch
+
+    @staticmethod
+    def state(
+        trainer: Trainer, device: torch.device, pool: ImagePool, images: TrainingSet, skipped_in_row: int
+    ) -> list[dict[str, Any]]:
+        """Return what each process needs to go on exactly, as plain data.
+
+        Args:
+            trainer (Trainer): Trainer of the training.
+            device (torch.device): Its device.
+            pool (ImagePool): The images that crops are drawn from.
+            images (TrainingSet): The training images.
+            skipped_in_row (int): Steps that were skipped just before.
+
+        Returns:
+            list[dict[str, Any]]: For each process: its generators, and what is in its pool of images.
+        """
+        state: dict[str, Any] = {"random": random_state(device), "skipped_in_row": skipped_in_row}
+        positions = images.positions(pool.sources)
+        if positions is not None:
+            names = [Path(str(source)).name for source in pool.sources]
+            state["pool"] = pool.state_dict() | {"positions": positions, "names": names}
+        states = [state] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(states, state)
+        return states
+
+    def seed(self, trainer: Trainer, device: torch.device, seed: int | None) -> None:
+        """Seed a new training, each process by another number: else all would draw the same crops.
+
+        Args:
+            trainer (Trainer): Trainer of the training.
+            device (torch.device): Its device.
+            seed (int | None): Seed, or ``None`` to leave the generators as they are.
+        """
+        rank = trainer.global_rank
+        if seed is not None:
+            seed_generators(seed + 1 + rank)  # other numbers than those of the weights
+            self._random = random_state(device)
+        elif trainer.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + rank)
+
+    def go_on(
+        self,
+        trainer: Trainer,
+        device: torch.device,
+        pool: ImagePool,
+        images: TrainingSet,
+        standardize: Callable[[torch.Tensor], torch.Tensor],
+    ) -> int:
+        """Put a training where its checkpoint was.
+
+        Args:
+            trainer (Trainer): Trainer of the training.
+            device (torch.device): Its device.
+            pool (ImagePool): An empty pool, which is filled.
+            images (TrainingSet): The training images.
+            standardize (Callable[[torch.Tensor], torch.Tensor]): What is done to images before they enter the pool.
+
+        Returns:
+            int: Steps that were skipped just before.
+        """
+        states, self.loaded = self.loaded, None
+        if states is None or len(states) != trainer.world_size:
+            logger.warning(
+                "The checkpoint was saved by an earlier version or by another number of processes: the training goes "
+                "on from its weights, but not exactly as it would have."
+            )
+            return 0
+        state = states[trainer.global_rank]
+        if "pool" in state:
+            _restore_pool(pool, state["pool"], images, standardize)
+        self._random = state["random"]
+        set_random_state(state["random"], device)
+        return int(state["skipped_in_row"])
+
+    def begin_epoch(self, trainer: Trainer, device: torch.device) -> None:
+        """Have the first epoch of a seeded or resumed training draw from the generators as they are meant to be.
+
+        Args:
+            trainer (Trainer): Trainer of the training, at the start of an epoch.
+            device (torch.device): Its device.
+        """
+        if self._random is None:
+            return
+        set_random_state(self._random, device)
+        loop = trainer.fit_loop
+        if trainer.current_epoch == 0 or loop.is_resuming or loop.epoch_loop.restarting:
+            # The loop has drawn the order of the images before, and draws it at the start of other epochs only.
+            iter(loop._data_fetcher)  # noqa: SLF001 - as the loop itself does
+
+    def begin_batch(self) -> None:
+        """Note that the epoch has begun."""
+        self._random = None
+
+
+def _restore_pool(
+    pool: ImagePool,
+    state: dict[str, Any],
+    images: TrainingSet,
+    standardize: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Decode the images again that were in the pool, if the training set is the same."""
+    paths, positions = images.paths, state["positions"]
+    if [Path(paths[position]).name for position in positions if position < len(paths)] != state["names"]:
+        logger.warning("The training set is not that of the checkpoint: the training goes on with its images.")
+        return
+    standardized = (standardize(image) for image in images.images(positions, with_augmentations=True))
+    try:
+        pool.load_state_dict(state, standardized, [paths[position] for position in positions])
+    except ValueError as error:
+        logger.warning("%s The training goes on, but not exactly.", error)
