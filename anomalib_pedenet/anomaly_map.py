@@ -22,6 +22,9 @@ from anomalib_pedenet.patches import grid_size
 
 Combination = Literal["auto", "product", "mean"]
 
+# Least spread of normal images' highest scores, as a fraction of that of all their pixels' scores.
+_LEAST_SPREAD = 0.05
+
 
 def averaging_matrix(
     size: int,
@@ -153,3 +156,19 @@ def measure_maps(
     """Measure each scale's map by what normal images score; see :func:`soft_maximum`, which joins the results."""
     units = spreads / torch.tensor(weights).to(spreads)
     return [scores / unit - offset for scores, unit, offset in zip(maps, units, offsets / units, strict=True)]
+
+
+def measure_normal(scale: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Measure what normal images score at a scale, for :func:`soft_maximum`.
+
+    Args:
+        scale (Sequence[torch.Tensor]): Scores of each image's pixels, of any shape.
+
+    Returns:
+        tuple[torch.Tensor, torch.Tensor]: Offset and spread, scalars.
+    """
+    pixels = torch.cat([scores.flatten() for scores in scale])
+    highest = torch.stack([scores.max() for scores in scale])
+    spread = highest.std() if len(highest) > 1 else pixels.std()
+    # Few images may be alike in their highest score, by chance or because they are the same.
+    return pixels.mean(), spread.clamp(min=_LEAST_SPREAD * pixels.std()).clamp(min=1e-6)

@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-pedenet authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What anomalib's ``Tiler`` does, for exported graphs.
+"""Images scored tile by tile, and what anomalib's ``Tiler`` does for exported graphs.
 
 anomalib copies tiles one by one, which makes a graph of a hundred operations a tile. Here all are taken at once, and
 added up row by row.
@@ -60,6 +60,55 @@ def untile(tiles: torch.Tensor, size: Sequence[int], tiler: Tiler) -> torch.Tens
     total = add_up(tiles.unflatten(0, (-1, len(tops), len(lefts))))
     count = add_up(torch.ones(1, len(tops), len(lefts), 1, *tiles.shape[-2:], device=tiles.device))
     return downscale_image(total / count.clamp(min=1), size, tiler.mode)
+
+
+def to_tiles(images: torch.Tensor, tiler: Tiler | None) -> torch.Tensor:
+    """Return the tiles of images ``[B, C, H, W]``, or the images where there is no tiler; for graphs and without."""
+    if tiler is None:
+        return images
+    return tile(images, tiler) if torch.compiler.is_compiling() else tiler.tile(images)
+
+
+def from_tiles(maps: torch.Tensor, size: Sequence[int], tiler: Tiler | None) -> torch.Tensor:
+    """Return the maps of images of some height and width from those of :func:`to_tiles`."""
+    if tiler is None:
+        return maps
+    return untile(maps, size, tiler) if torch.compiler.is_compiling() else tiler.untile(maps)
+
+
+def check_tiler(tiler: Tiler, patch_size: int, has_region: bool, by_place: bool, position_weight: float) -> None:
+    """Check that a model goes with a tiler.
+
+    Args:
+        tiler (Tiler): The tiler.
+        patch_size (int): Side in pixels of the largest patches that are scored.
+        has_region (bool): Whether a part of the images is left out.
+        by_place (bool): Whether patches are scored by the normal ones of the same place only.
+        position_weight (float): How much a patch's place counts in its distance to normal ones.
+
+    Raises:
+        ValueError: If tiles are smaller than a patch, or scores depend on a patch's place in the image, which tiles
+            do not have.
+    """
+    if has_region:
+        msg = "Tiles have no place in the image, by which a region of interest (roi) goes: turn tiling off."
+        raise ValueError(msg)
+    tile_size = (tiler.tile_size_h, tiler.tile_size_w)
+    if min(tile_size) < patch_size:
+        msg = (
+            f"Tiles of {tile_size[0]}x{tile_size[1]} px are smaller than a patch of {patch_size}x{patch_size} px: set "
+            f"tile_size to at least {patch_size}."
+        )
+        raise ValueError(msg)
+    if by_place:
+        msg = "Tiles have no place in the image, by which this scorer goes: turn tiling off, or use 'exact'."
+        raise ValueError(msg)
+    if position_weight:
+        msg = (
+            f"Tiles have no place in the image, but patches are compared by theirs (position weight "
+            f"{position_weight:g}): turn tiling off, or train with position_weight 0, or with tiling and 'auto'."
+        )
+        raise ValueError(msg)
 
 
 def _layout(size: Sequence[int], tiler: Tiler) -> tuple[tuple[int, int], range, range]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from anomalib_pedenet.torch_model import MIN_SCALE_WEIGHT
+from anomalib_pedenet.scales import MIN_SCALE_WEIGHT
 
 logger = logging.getLogger(__name__)
 

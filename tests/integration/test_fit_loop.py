@@ -160,7 +160,7 @@ def test_a_second_training_of_a_model_leaves_nothing_of_the_first(datamodule: MV
     """On other data, and without a validation: thresholds, origin, images held back and a shortened length are gone."""
     model = Pedenet(**SMALL | {"scored_sizes": [16, 32]}, max_steps=24, max_steps_at_chance=9, holdout=0.34)
     engine_in(tmp_path / "first").fit(model, datamodule=datamodule)
-    assert model._shortened_to == 9
+    assert model._schedule.shortened_to == 9
     assert model._origin["data"]["root"] == str(datamodule.root)
     first_threshold = model.post_processor.image_threshold.clone()
     assert torch.isfinite(first_threshold)

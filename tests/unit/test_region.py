@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from anomalib_pedenet import PedenetModel
 from anomalib_pedenet.region import RegionOfInterest, find_roi, read_roi
-from anomalib_pedenet.torch_model import AUTO_SCORER
+from anomalib_pedenet.scales import AUTO_SCORER
 from anomalib_pedenet.training.sampling import draw_views
 
 SIZE = (96, 128)

@@ -8,7 +8,7 @@ import torch
 from anomalib.data.utils.tiler import Tiler
 from scipy.spatial.distance import cdist
 
-from anomalib_pedenet import PedenetModel, torch_model
+from anomalib_pedenet import PedenetModel
 
 
 def fitted(*scored_sizes: int, position_weight: float = 2.0) -> PedenetModel:
@@ -229,38 +229,6 @@ def test_with_tiles_the_position_that_was_chosen_before_is_forgotten() -> None:
     assert model.calibrate(images) == {16: 0.0, 24: 0.0, 32: 0.0}
     model.fit([images])
     assert model(images).anomaly_map.shape == (2, 1, 128, 128)
-
-
-@pytest.mark.parametrize(("image_size", "stride"), [((72, 64), 2), ((117, 66), 6), ((131, 80), 16)])
-def test_strips_equal_the_whole_image(
-    monkeypatch: pytest.MonkeyPatch, image_size: tuple[int, int], stride: int
-) -> None:
-    """Strips of one row of patches and more, the last one shorter, against the network on the whole image."""
-    torch.manual_seed(0)
-    model = PedenetModel(scored_sizes=(16, 32, 64), stride=stride).double().eval()
-    images = torch.rand(2, 3, *image_size, dtype=torch.float64)
-    whole = model.embedding_network.embed_dense(images, stride, [16, 32, 64])
-    for pixels in (1, 20 * image_size[1], 50 * image_size[1]):
-        monkeypatch.setattr(torch_model, "_STRIP_PIXELS", pixels)
-        in_strips = model._embed(images, stride)
-        assert list(in_strips) == [16, 32, 64]
-        for size, grid in in_strips.items():
-            torch.testing.assert_close(grid, whole[size], rtol=0, atol=1e-12)
-
-
-def test_memory_for_features_is_that_of_a_strip(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = PedenetModel(scored_sizes=(32, 64), stride=8).eval()
-    heights: list[int] = []
-    model.embedding_network.small_encoder[0].register_forward_pre_hook(
-        lambda _, inputs: heights.append(inputs[0].shape[-2])
-    )
-    model._embed(torch.rand(1, 3, 512, 96), 8)
-    assert heights == [512]
-    heights.clear()
-    monkeypatch.setattr(torch_model, "_STRIP_PIXELS", 64 * 96)
-    model._embed(torch.rand(1, 3, 512, 96), 8)
-    assert len(heights) == 8
-    assert max(heights) <= 64 + 64
 
 
 def test_a_bank_as_a_fraction_of_all_patches() -> None:

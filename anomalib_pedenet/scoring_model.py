@@ -1,0 +1,398 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The graph that is exported: images to anomaly maps.
+
+Data flows one way: images -> embeddings (:mod:`anomalib_pedenet.networks`) -> patch scores
+(:mod:`anomalib_pedenet.scorers`) -> pixels (:mod:`anomalib_pedenet.anomaly_map`). :meth:`PedenetModel.forward` is the
+very graph that is exported.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.data.utils.tiler import Tiler
+from torch import nn
+
+from anomalib_pedenet.anomaly_map import Combination, combine_maps, measure_maps, scores_to_map, soft_maximum
+from anomalib_pedenet.dense_embedding import embed_images
+from anomalib_pedenet.networks import (
+    DefectPredictionNetwork,
+    DensityEstimationNetwork,
+    LocationPredictionNetwork,
+    PatchEmbeddingNetwork,
+)
+from anomalib_pedenet.patches import MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE
+from anomalib_pedenet.region import RegionOfInterest
+from anomalib_pedenet.scales import AUTO_SCORER, SCORER_ANYWHERE, SCORER_BY_PLACE, default_scored_sizes
+from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
+from anomalib_pedenet.scorers.position import PositionEncoding
+from anomalib_pedenet.scorers.projection import PrincipalProjection
+from anomalib_pedenet.tiling import check_tiler, from_tiles, to_tiles
+
+
+class PatchScores(NamedTuple):
+    """Patches of one scale.
+
+    Attributes:
+        embeddings (torch.Tensor): As their scorer takes them, ``[B, h, w, Z]``, or ``Z + 2`` with their place.
+        scores (torch.Tensor): In units of a normal patch's typical score, ``[B, h, w]``.
+    """
+
+    embeddings: torch.Tensor
+    scores: torch.Tensor
+
+
+class ScoringModel(nn.Module):
+    """PEDENet: the networks, a scorer for each scale, and the anomaly map.
+
+    Args:
+        patch_sizes (Sequence[int]): Scales that are trained: 64 for the paper's patches, 32 for the sub-patches that
+            the small encoder embeds on the way, or both. Defaults to ``(32, 64)``.
+        scored_sizes (Sequence[int] | None): Scales that are scored: those of them, and mid-level ones
+            (:data:`anomalib_pedenet.patches.MID_LEVEL_SIZES`). Defaults to :func:`default_scored_sizes`.
+        stride (int): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2.
+            Defaults to ``8``.
+        combination (Combination): How the maps of the scales become one: see
+            :func:`anomalib_pedenet.anomaly_map.combine_maps`, or ``"auto"`` for
+            :func:`anomalib_pedenet.anomaly_map.soft_maximum` with ``gaussian_mixture``, else the product. Defaults to
+            ``"auto"``.
+        scorer (str | Mapping[str, Any]): Scorer of each scale, see :func:`anomalib_pedenet.scorers.make_scorer`; or
+            ``"auto"`` for :data:`SCORER_BY_PLACE` where :meth:`calibrate` finds that parts are aligned, and
+            :data:`SCORER_ANYWHERE` elsewhere. Defaults to ``"exact"``.
+        bank_size (float): Largest number of rows of each scale's memory bank, for scorers that have one; below 1, as a
+            fraction of all embeddings. Defaults to ``5_000``.
+        coreset (Coreset): How they are chosen, see :mod:`anomalib_pedenet.scorers.coreset`. Defaults to ``"auto"``.
+        embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
+        num_components (int): Number K of mixture components of the DE network. Defaults to ``10``.
+        seed (int): Seed of the scorers. Defaults to ``0``.
+        position_weight (float | Literal["auto"]): Weight of a patch's position in its distance to normal ones, or
+            ``"auto"`` to choose it from normal images, see :mod:`anomalib_pedenet.scorers.position`. Defaults to
+            ``"auto"``.
+        batch_norm (bool): Whether the small encoder has batch normalisation. Defaults to ``True``.
+        defect_prediction (bool): Whether there is a network at each scale to be trained on drawn defects.
+            Defaults to ``False``.
+
+    Attributes:
+        normal_limit (torch.Tensor): Highest score of normal images, in units of a normal patch's typical score, scalar;
+            at least 1, and 1 before :meth:`fit_normal_limit`.
+        region (RegionOfInterest): What of the images is looked at. What it hides is hidden from all that follows.
+        tiler (Tiler | None): Set by anomalib's ``TilerConfigurationCallback`` to score large images tile by tile.
+    """
+
+    input_mean: torch.Tensor
+    input_std: torch.Tensor
+    normal_limit: torch.Tensor
+    learned: torch.Tensor
+    map_offsets: torch.Tensor
+    map_spreads: torch.Tensor
+    typical_score: torch.Tensor
+
+    def __init__(
+        self,
+        patch_sizes: Sequence[int] = (SUB_PATCH_SIZE, PATCH_SIZE),
+        scored_sizes: Sequence[int] | None = None,
+        stride: int = 8,
+        combination: Combination = "auto",
+        scorer: str | Mapping[str, Any] = SCORER_BY_PLACE,
+        bank_size: float = 5_000,
+        coreset: Coreset = "auto",
+        embedding_dim: int = 64,
+        num_components: int = 10,
+        seed: int = 0,
+        position_weight: float | Literal["auto"] = "auto",
+        batch_norm: bool = True,
+        defect_prediction: bool = False,
+    ) -> None:
+        super().__init__()
+        self.patch_sizes = tuple(sorted(patch_sizes))
+        self.uses_default_sizes = scored_sizes is None
+        self.scored_sizes = tuple(sorted(scored_sizes or default_scored_sizes(patch_sizes, scorer)))
+        self.stride = stride
+        self.combination = combination
+        self.bank_size = bank_size
+        self.coreset: Coreset = coreset
+        self.seed = seed
+        self.position_weight = position_weight
+        self.tiler: Tiler | None = None
+
+        # Location prediction learns only from inputs of about unit variance, which ImageNet's statistics give to
+        # colourful photographs but not to, say, grey surfaces of low contrast: the training images' own do.
+        self.register_buffer("input_mean", torch.zeros(3, 1, 1))
+        self.register_buffer("input_std", torch.ones(()))
+        self.register_buffer("normal_limit", torch.ones(()))
+        # What normal images score at each scale, and together, for the soft maximum.
+        self.register_buffer("map_offsets", torch.zeros(len(self.scored_sizes)))
+        self.register_buffer("map_spreads", torch.ones(len(self.scored_sizes)))
+        self.register_buffer("typical_score", torch.ones(()))
+        # What each trained scale has learned, from 0 to 1; NaN where that is not known.
+        self.register_buffer("learned", torch.full((len(self.patch_sizes),), math.nan))
+        # How much each scored scale counts. Not a buffer, because it decides what is computed, in exported graphs too.
+        self._scale_weights = [1.0] * len(self.scored_sizes)
+        # A third faster on a CPU, and in bfloat16 twice as fast. From the start, not for training alone, because the
+        # other memory format rounds differently: a loaded checkpoint must score exactly as the model that saved it.
+        network = PatchEmbeddingNetwork(embedding_dim, batch_norm=batch_norm, patch_sizes=self.patch_sizes)
+        self.embedding_network = network.to(memory_format=torch.channels_last)
+        self.density_networks = nn.ModuleDict(
+            {str(size): DensityEstimationNetwork(num_components, embedding_dim) for size in self.patch_sizes},
+        )
+        self.location_networks = nn.ModuleDict(
+            {str(size): LocationPredictionNetwork(embedding_dim) for size in self.patch_sizes},
+        )
+        self.defect_networks = nn.ModuleDict(
+            {str(size): DefectPredictionNetwork(embedding_dim) for size in self.patch_sizes if defect_prediction},
+        )
+        self.embedding_dim = embedding_dim
+        channels = {size: network.mid_level_channels(size) for size in self.scored_sizes if size in MID_LEVEL_SIZES}
+        self.projections = nn.ModuleDict(
+            {str(size): PrincipalProjection(count, min(count, embedding_dim)) for size, count in channels.items()},
+        )
+        self.set_scorer(scorer)
+        weight = 0.0 if position_weight == "auto" else position_weight
+        self.position_encodings = nn.ModuleDict({str(size): PositionEncoding(weight) for size in self.scored_sizes})
+        self.region = RegionOfInterest()
+
+    def set_scorer(self, scorer: str | Mapping[str, Any]) -> None:
+        """Take another scorer, not fitted, at every scale.
+
+        Args:
+            scorer (str | Mapping[str, Any]): See :func:`anomalib_pedenet.scorers.make_scorer`.
+
+        Raises:
+            ValueError: If the scorer is unknown, or has other arguments.
+            ImportError: If it needs a library that is not installed.
+        """
+        self.scorer = scorer
+        self._use_scorer(SCORER_ANYWHERE if scorer == AUTO_SCORER else scorer)
+
+    def _use_scorer(self, scorer: str | Mapping[str, Any]) -> None:
+        """Take a scorer, not fitted and not to be chosen any more, at every scale."""
+        self.scorer_in_use = scorer
+        self.scorers = nn.ModuleDict({str(size): self._make_scorer(size) for size in self.scored_sizes})
+
+    def _make_scorer(self, size: int) -> Scorer:
+        """Return a scorer, not fitted, for a scale."""
+        is_trained = size in self.patch_sizes
+        dimension = self.embedding_dim if is_trained else len(self.projections[str(size)].components)
+        return make_scorer(
+            self.scorer_in_use,
+            embedding_dim=dimension + 2 * scorer_class(self.scorer_in_use).encodes_position,
+            bank_size=self.bank_size,
+            coreset=self.coreset,
+            seed=self.seed,
+            density_network=self.density_networks[str(size)] if is_trained else None,
+        )
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the scorer of every scale that counts has been fitted."""
+        return all(self.scorers[str(size)].is_fitted for size in self.scale_shares)
+
+    @property
+    def scale_shares(self) -> dict[int, float]:
+        """The scored sizes that count, and how much each does."""
+        weights = zip(self.scored_sizes, self._scale_weights, strict=True)
+        return {size: weight for size, weight in weights if weight > 0}
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Return the scales' weights, and 1 if an ``"auto"`` scorer compares by place, else 0, ``[S + 1]``.
+
+        It is a tensor like all else in a checkpoint.
+        """
+        by_place = float(self.scorer_in_use == SCORER_BY_PLACE)
+        return torch.tensor([*self._scale_weights, by_place], dtype=torch.float64)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Take the scales' weights and the scorer that was chosen from a checkpoint.
+
+        Raises:
+            ValueError: If they are those of another number of scales.
+        """
+        *weights, by_place = state.tolist()
+        if len(weights) != len(self.scored_sizes):
+            msg = f"The state holds the weights of {len(weights)} scored sizes, but the model has {self.scored_sizes}."
+            raise ValueError(msg)
+        self._scale_weights = weights
+        if self.scorer == AUTO_SCORER:
+            # Before their own state is loaded, as that of all parts of a module is after the module's.
+            self._use_scorer(SCORER_BY_PLACE if by_place else SCORER_ANYWHERE)
+
+    @property
+    def _is_soft_maximum(self) -> bool:
+        return self.combination == "auto" and self.scorer_in_use == SCORER_ANYWHERE
+
+    def check_is_fitted(self) -> None:
+        """Check that there is something to score with, a memory bank for instance.
+
+        Raises:
+            RuntimeError: If there is not.
+        """
+        if not self.is_fitted:
+            msg = (
+                "Pedenet has no memory bank yet, so it can neither score images nor be exported: train it first "
+                "(anomalib train), or load a trained checkpoint (--ckpt_path)."
+            )
+            raise RuntimeError(msg)
+
+    def standardize(self, images: torch.Tensor) -> torch.Tensor:
+        """Scale pre-processed images to zero mean and unit variance, by the training images' statistics.
+
+        Args:
+            images (torch.Tensor): Pre-processed images ``[B, 3, H, W]``.
+
+        Returns:
+            torch.Tensor: Standardised images of the same shape, which the embedding network expects; 0 where hidden.
+        """
+        return (self.region.hide(images, self.input_mean) - self.input_mean) / self.input_std
+
+    def forward(self, images: torch.Tensor) -> InferenceBatch:
+        """Score images.
+
+        Args:
+            images (torch.Tensor): Pre-processed images ``[B, 3, H, W]``, at least as large as a patch.
+
+        Returns:
+            InferenceBatch: ``anomaly_map [B, 1, H, W]``, the mean score of the patches covering each pixel, and
+                ``pred_score [B]``, its maximum (times a weight, if the scorer has one for images). Both are
+                ``s / (s + normal_limit)``, so from 0 to below 1, and 0.5 for the highest score of normal images. They
+                are detached.
+
+        Raises:
+            RuntimeError: If the memory bank is empty.
+            ValueError: If the images are smaller than a patch, or the model does not go with a tiler that is set.
+        """
+        self.check_is_fitted()
+        if not torch.compiler.is_compiling():  # values of tensors are not known then; anomalib runs the model before
+            self._check_tiler()
+        with torch.no_grad():
+            anomaly_map, pred_score = self._score(images)
+            # Within 0..1 in every batch: metrics of torchmetrics take a batch with a score outside for logits.
+            return InferenceBatch(
+                pred_score=pred_score / (pred_score + self.normal_limit),
+                anomaly_map=anomaly_map / (anomaly_map + self.normal_limit),
+            )
+
+    def patch_scores(self, images: torch.Tensor, stride: int | None = None) -> Iterator[tuple[int, PatchScores]]:
+        """Score all patches of images, scale by scale.
+
+        Args:
+            images (torch.Tensor): Pre-processed images ``[B, 3, H, W]``; tiles, where a tiler is set.
+            stride (int | None): Distance between neighbouring patches in pixels. Defaults to the model's, which scorers
+                that go ``by_place`` always have.
+
+        Yields:
+            tuple[int, PatchScores]: Scale, of those that count, and its patches.
+
+        Raises:
+            ValueError: If the images are smaller than a patch.
+        """
+        stride = stride or self.stride
+        for size, grid in self._embed(images, stride).items():
+            embeddings, scorer = self._arrange(grid, size, images, stride), self.scorers[str(size)]
+            yield size, PatchScores(embeddings, scorer(embeddings) / scorer.typical_score)
+
+    def contributions(self, maps: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Return what each scale adds to the anomaly map, comparable between scales.
+
+        Args:
+            maps (Mapping[int, torch.Tensor]): Map of each scale that counts, ``[B, 1, H, W]``.
+
+        Returns:
+            dict[int, torch.Tensor]: By scale, of the shape of its map: the exponents of the soft maximum, the
+                logarithms of the factors of a product, or the terms of a sum.
+        """
+        shares = self.scale_shares
+        if self._is_soft_maximum:
+            measured = measure_maps(list(maps.values()), *self._soft_maximum_state())
+            return dict(zip(maps, measured, strict=True))
+        if self.combination == "mean":
+            return {size: shares[size] * scores for size, scores in maps.items()}
+        least = torch.finfo(torch.float32).tiny
+        return {size: shares[size] * scores.clamp(min=least).log() for size, scores in maps.items()}
+
+    def _score(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the maps ``[B, 1, H, W]`` and scores ``[B]`` of images, in units of a normal patch's typical score."""
+        return self._join(*self._score_scales(to_tiles(images, self.tiler)), images.shape[-2:])
+
+    def _join(
+        self, maps: list[torch.Tensor], weights: list[torch.Tensor | None], size: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the maps and scores of images of some height and width from what their tiles have at each scale."""
+        anomaly_map = from_tiles(self.combine(maps), size, self.tiler)
+        pred_score = anomaly_map.amax(dim=(1, 2, 3))
+        given = [weight for weight in weights if weight is not None]
+        if given:
+            pred_score = pred_score * torch.stack(given).mean(dim=0)
+        return anomaly_map, pred_score
+
+    def _score_scales(self, tiles: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """Return the map ``[B, 1, h, w]`` of each scale that counts, and its scorer's factors for images, if any."""
+        maps, weights = [], []
+        for size, patches in self.patch_scores(tiles):
+            maps.append(scores_to_map(patches.scores, tiles.shape[-2:], size, self.stride))
+            weights.append(self.scorers[str(size)].image_weights(*patches) if self.tiler is None else None)
+        return maps, weights
+
+    def combine(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        """Join the maps of the scales that count.
+
+        Args:
+            maps (list[torch.Tensor]): Map of each scale that counts, ``[B, 1, H, W]``.
+
+        Returns:
+            torch.Tensor: One map of the same shape, in units of a normal patch's typical score; 0 where hidden.
+        """
+        if self._is_soft_maximum:
+            joined = soft_maximum(maps, *self._soft_maximum_state()) / self.typical_score
+        else:
+            shares = list(self.scale_shares.values())
+            joined = combine_maps(maps, shares, "mean" if self.combination == "mean" else "product")
+        return self.region.clear(joined)
+
+    def _soft_maximum_state(self) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+        """Return offsets, spreads and weights of the scales that count."""
+        shares = self.scale_shares
+        used = [self.scored_sizes.index(size) for size in shares]
+        return self.map_offsets[used], self.map_spreads[used], list(shares.values())
+
+    def _shown_patches(self, size: Sequence[int], patch_size: int, stride: int) -> torch.Tensor:
+        """Return which patches of images of some height and width have a part in visible pixels' scores, ``[h, w]``."""
+        # A pixel's score is that of its window, which reaches half a step of the map to each side.
+        return self.region.patches((size[0], size[1]), patch_size, stride, margin=self.stride // 2)
+
+    @property
+    def _goes_by_place(self) -> bool:
+        return any(scorer.by_place for scorer in self.scorers.values())
+
+    def _project(self, grid: torch.Tensor, size: int) -> torch.Tensor:
+        """Project mid-level embeddings, and leave trained ones as they are."""
+        return self.projections[str(size)](grid) if str(size) in self.projections else grid
+
+    def _arrange(self, grid: torch.Tensor, size: int, images: torch.Tensor, stride: int) -> torch.Tensor:
+        """Arrange the embeddings ``[B, Z, h, w]`` of images as their scorer takes them, ``[B, h, w, Z or Z + 2]``."""
+        grid = self._project(grid, size)
+        if self.scorers[str(size)].encodes_position:
+            grid = self.position_encodings[str(size)](grid, images.shape[-2:], stride)
+        return grid.permute(0, 2, 3, 1)
+
+    def _embed(self, images: torch.Tensor, stride: int, sizes: Sequence[int] | None = None) -> dict[int, torch.Tensor]:
+        """Return the embeddings ``[B, Z, h, w]`` of all patches of pre-processed images, for each size that counts."""
+        return embed_images(self.embedding_network, self.standardize(images), stride, sizes or list(self.scale_shares))
+
+    def _check_tiler(self) -> None:
+        """Check that the model goes with its tiler, if one is set; see :func:`anomalib_pedenet.tiling.check_tiler`."""
+        if self.tiler is None:
+            return
+        scorers = list(self.scorers.values())
+        encodes_position = any(scorer.encodes_position for scorer in scorers)
+        weights = [float(self.position_encodings[str(size)].weight) for size in self.scale_shares]
+        check_tiler(
+            self.tiler,
+            max(self.scale_shares),
+            has_region=not self.region.is_everywhere,
+            by_place=self._goes_by_place,
+            position_weight=max(weights) if encodes_position else 0.0,
+        )
