@@ -25,7 +25,7 @@ STAMP := $(VENV)/.installed
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv test test-all test-latest test-oldest lint format demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency bench-gpu bench-accuracy bench-scales reproduce results clean
+.PHONY: help setup venv test quick test-all test-latest test-oldest lint format docs demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency bench-gpu bench-accuracy bench-scales reproduce results clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,7 +35,7 @@ setup: $(STAMP) ## Create .venv with the package and the tested versions of what
 venv: setup ## The same as setup
 
 # A thread for each process: two processes of two threads on two cores take several times as long.
-test test-all test-latest test-oldest: export OMP_NUM_THREADS ?= 1
+test quick test-all test-latest test-oldest: export OMP_NUM_THREADS ?= 1
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(STAMP): pyproject.toml constraints.txt $(wildcard startup/*)
@@ -45,6 +45,9 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard startup/*)
 
 test: lint ## Lint, check types and run the tests (WORKERS=... sets the processes)
 	$(BIN)/python $(PYTEST)
+
+quick: lint ## Lint, check types and run the unit tests alone
+	$(BIN)/python $(PYTEST) tests/unit
 
 test-all: lint ## The same with the slow tests: killed trainings, several devices (half an hour)
 	$(BIN)/python $(PYTEST) -m "slow or not slow"
@@ -99,7 +102,7 @@ bench-latency: $(STAMP) ## Time of scoring by stride, runtime and precision, bes
 	    $(if $(CKPT),--checkpoint $(CKPT) --data $(DATA))
 
 # Each command goes on where the one before it failed: what can be known of a GPU in one call is wanted.
-bench-gpu: $(STAMP) ## All that docs/gpu.md wants to know of a GPU: tests, training, steps, scorers, latency; in runs/gpu (DATA=...)
+bench-gpu: $(STAMP) ## All that docs/experiments/gpu.md wants to know of a GPU: tests, training, steps, scorers, latency; in runs/gpu (DATA=...)
 	-$(BIN)/python -m pytest tests/gpu
 	-$(BIN)/python benchmarks/train.py --data $(DATA) --accelerator gpu --curve --set "{}" --seeds $(SEEDS) --output runs/gpu/train
 	-$(BIN)/python benchmarks/step.py --data $(DATA) --accelerator gpu
@@ -118,9 +121,12 @@ bench-accuracy: $(STAMP) ## Compare methods on many data sets, JOBS=2 at a time,
 bench-scales: $(STAMP) ## Score the checkpoints of bench-accuracy at every scale and weigh the scales in several ways, in runs/scales (SETS=... ACCURACY=...)
 	$(BIN)/python benchmarks/scales.py --sets $(SETS) --runs $(ACCURACY)/runs --output runs/scales $(if $(NAMES),--names "$(NAMES)")
 
-results: $(STAMP) ## Render docs/results.md and the README's table from the rows in benchmarks/measured (`make reproduce RESULTS=benchmarks/measured` adds some)
-	$(BIN)/python benchmarks/report.py benchmarks/measured --docs docs --readme README.md
+results: $(STAMP) ## Render docs/results.md from the rows in benchmarks/measured (`make reproduce RESULTS=benchmarks/measured` adds some)
+	$(BIN)/python benchmarks/report.py benchmarks/measured --docs docs
+
+docs: $(STAMP) ## Build the documentation as a site, in site/; a broken link fails
+	$(BIN)/mkdocs build --strict
 
 clean: ## Remove the environment and what builds, checks and the demo have written
-	rm -rf $(VENV) build dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -48,6 +48,36 @@ def validate(hparams: Mapping[str, Any]) -> None:
     if hparams["pre_trained"]:
         msg = "pre_trained must be False: Pedenet is trained from scratch and has no weights to load."
         raise ValueError(msg)
+    _validate_choices_and_limits(hparams)
+    if hparams["position_weight"] != "auto" and not 0 <= hparams["position_weight"] < math.inf:
+        msg = f"position_weight must be 'auto' or a finite number of at least 0, got {hparams['position_weight']}."
+        raise ValueError(msg)
+    if not 0 <= hparams["holdout"] <= 0.5:
+        msg = f"holdout must be a fraction of the training images from 0 to 0.5, got {hparams['holdout']}."
+        raise ValueError(msg)
+    if hparams["learning_rate"] <= 0:
+        msg = f"learning_rate must be above 0, got {hparams['learning_rate']}."
+        raise ValueError(msg)
+    if not 0 <= hparams["density_warmup"] <= 1:
+        msg = f"density_warmup must be a fraction of the training from 0 to 1, got {hparams['density_warmup']}."
+        raise ValueError(msg)
+    if hparams["lambda_den"] == hparams["lambda_lpn"] == hparams["lambda_syn"] == 0:
+        msg = "lambda_den, lambda_lpn and lambda_syn are all 0, so there is nothing to learn: set one of them above 0."
+        raise ValueError(msg)
+    if hparams["training_mode"] == "patchwise" and hparams["lambda_syn"] > 0:
+        msg = "Defects are drawn in dense training only: set lambda_syn to 0 for training_mode 'patchwise'."
+        raise ValueError(msg)
+    _validate_optional(hparams)
+    check_bank_size(hparams["bank_size"])
+    _validate_sizes(hparams)
+
+
+def _validate_choices_and_limits(hparams: Mapping[str, Any]) -> None:
+    """Check the hyper-parameters that are one of some words, or numbers with a lower limit.
+
+    Raises:
+        ValueError: If one is outside its range.
+    """
     choices = {
         "combination": get_args(Combination),
         "coreset": get_args(Coreset),
@@ -87,27 +117,6 @@ def validate(hparams: Mapping[str, Any]) -> None:
             if hparams[name] < limit:
                 msg = f"{name} must be at least {limit}, got {hparams[name]}."
                 raise ValueError(msg)
-    if hparams["position_weight"] != "auto" and not 0 <= hparams["position_weight"] < math.inf:
-        msg = f"position_weight must be 'auto' or a finite number of at least 0, got {hparams['position_weight']}."
-        raise ValueError(msg)
-    if not 0 <= hparams["holdout"] <= 0.5:
-        msg = f"holdout must be a fraction of the training images from 0 to 0.5, got {hparams['holdout']}."
-        raise ValueError(msg)
-    if hparams["learning_rate"] <= 0:
-        msg = f"learning_rate must be above 0, got {hparams['learning_rate']}."
-        raise ValueError(msg)
-    if not 0 <= hparams["density_warmup"] <= 1:
-        msg = f"density_warmup must be a fraction of the training from 0 to 1, got {hparams['density_warmup']}."
-        raise ValueError(msg)
-    if hparams["lambda_den"] == hparams["lambda_lpn"] == hparams["lambda_syn"] == 0:
-        msg = "lambda_den, lambda_lpn and lambda_syn are all 0, so there is nothing to learn: set one of them above 0."
-        raise ValueError(msg)
-    if hparams["training_mode"] == "patchwise" and hparams["lambda_syn"] > 0:
-        msg = "Defects are drawn in dense training only: set lambda_syn to 0 for training_mode 'patchwise'."
-        raise ValueError(msg)
-    _validate_optional(hparams)
-    check_bank_size(hparams["bank_size"])
-    _validate_sizes(hparams)
 
 
 def resolve(hparams: Mapping[str, Any]) -> dict[str, Any]:

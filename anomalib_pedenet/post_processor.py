@@ -129,6 +129,13 @@ def lacks_thresholds(processor: nn.Module | None) -> bool:
     return bool(torch.isnan(processor.image_threshold))
 
 
+def raw_image_threshold(processor: nn.Module | None) -> float:
+    """Return the score above which an image is defective, as the model gives it: 0.5 where no threshold was set."""
+    if not isinstance(processor, PostProcessor):
+        return 0.5
+    return float(torch.nan_to_num(processor.image_threshold, nan=0.5))
+
+
 def set_thresholds(processor: nn.Module | None, threshold: float) -> None:
     """Set the thresholds of images and pixels, or forget them.
 

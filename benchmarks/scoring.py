@@ -40,7 +40,7 @@ from anomalib_pedenet.patches import MID_LEVEL_SIZES
 from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
 from anomalib_pedenet.scorers.position import WEIGHTS, PositionEncoding, choose_weight, measure_alignment
 from anomalib_pedenet.scorers.projection import PrincipalProjection
-from anomalib_pedenet.training.drawn_defects import draw_test_defects
+from anomalib_pedenet.training.label_free import draw_test_defects
 
 _ALL_ROWS = 10_000_000
 _ALIGNMENT_STRIDE = 8

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from anomalib_pedenet.aftercare.edits import both_thresholds, edit_checkpoint
 from anomalib_pedenet.aftercare.images import ImageSource
-from anomalib_pedenet.aftercare.inspection import THRESHOLD
 from anomalib_pedenet.aftercare.inspector import Inspector
 from anomalib_pedenet.false_alarms import FalseAlarmThreshold, choose_threshold
+from anomalib_pedenet.post_processor import raw_image_threshold
 from anomalib_pedenet.training.out_of_fold import score_out_of_fold
 
 
@@ -97,6 +97,6 @@ def calibrate_checkpoint(
         threshold = min(threshold, float(np.nextafter(np.float32(lowest), np.float32(0))))
     details = {"false_alarm_rate": false_alarm_rate, "num_images": chosen.num_images, "threshold": threshold}
     written = edit_checkpoint(ckpt_path, output, "calibrate", details, both_thresholds(threshold))
-    before = float(torch.nan_to_num(processor.image_threshold, nan=THRESHOLD))
+    before = raw_image_threshold(processor)
     flagged_before, flagged_now = (sum(score > limit for score in scores) for limit in (before, threshold))
     return Calibration(chosen, threshold, flagged_before, flagged_now, written)

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from anomalib.post_processing import PostProcessor
 
 from anomalib_pedenet.aftercare.edits import EDITS, both_thresholds, edit_checkpoint, read_checkpoint
 from anomalib_pedenet.aftercare.images import ImageSource, PreparedImages
 from anomalib_pedenet.aftercare.inspection import THRESHOLD, Truth
 from anomalib_pedenet.aftercare.inspector import Inspector
 from anomalib_pedenet.false_alarms import choose_threshold
-from anomalib_pedenet.post_processor import change_unit
+from anomalib_pedenet.post_processor import change_unit, raw_image_threshold
 from anomalib_pedenet.region import image_size_of
 from anomalib_pedenet.torch_model import PedenetModel
 
@@ -112,10 +111,7 @@ def teach_checkpoint(
         NotImplementedError: If the model's scorer cannot be taught.
     """
     inspector = Inspector(ckpt_path, device)
-    model, processor = inspector.model.model, inspector.model.post_processor
-    threshold = THRESHOLD
-    if isinstance(processor, PostProcessor):
-        threshold = float(torch.nan_to_num(processor.image_threshold, nan=THRESHOLD))
+    model, threshold = inspector.model.model, raw_image_threshold(inspector.model.post_processor)
     sources: list[tuple[str, PreparedImages]] = [("taught", inspector.prepared(good_images))]
     roles: list[tuple[Truth, ImageSource]] = [("defective", known_defects), ("good", known_good)]
     sources += [(role, inspector.prepared(source)) for role, source in roles if source]
@@ -123,10 +119,9 @@ def teach_checkpoint(
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in to_teach.files]
     _check_are_new(ckpt_path, to_teach.files, digests)
 
-    within = None
     if region is not None:
         _check_one_size(to_teach.files)
-        within = inspector.read_region(region, to_teach)
+    within = None if region is None else inspector.read_region(region, to_teach)
     before = [[_score(model, image) for image in images] for _, images in sources]
     flagged = [index for index, score in enumerate(before[0]) if score > threshold]
     if not flagged:
@@ -138,9 +133,7 @@ def teach_checkpoint(
     held_out = teacher.scores_of_others(flagged) if known_defects else []
     teacher.teach(flagged)
     after = [[_score(model, image) for image in images] for _, images in sources]
-    new_threshold = threshold
-    if known_defects:
-        new_threshold = _raise_threshold(threshold, held_out, before[1], after[1])
+    new_threshold = _raise_threshold(threshold, held_out, before[1], after[1]) if known_defects else threshold
     lessons = [
         Lesson(file, role, _normalized(scores[0], threshold), _normalized(scores[1], new_threshold))
         for (role, images), *of_role in zip(sources, before, after, strict=True)
@@ -148,10 +141,8 @@ def teach_checkpoint(
     ]
     if any(lesson.is_lost for lesson in lessons) and not force:
         raise LostDefectError(lessons)
-    state = model.state_dict()
-    tensors = {f"model.{name}": value for name, value in state.items() if name.startswith("scorers.")}
-    if new_threshold > threshold:
-        tensors |= both_thresholds(new_threshold)
+    tensors = {f"model.scorers.{name}": value for name, value in model.scorers.state_dict().items()}
+    tensors |= both_thresholds(new_threshold) if new_threshold > threshold else {}
     details = {
         "files": [str(to_teach.files[index]) for index in flagged],
         "digests": [digests[index] for index in flagged],

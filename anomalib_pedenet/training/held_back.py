@@ -11,7 +11,7 @@ from anomalib.data import Batch
 
 from anomalib_pedenet.data.normal_images import MIN_TRAINING_IMAGES, TrainingSet
 from anomalib_pedenet.torch_model import PedenetModel
-from anomalib_pedenet.training.drawn_defects import draw_test_defects, drawn_defect_auroc
+from anomalib_pedenet.training.label_free import draw_test_defects, drawn_defect_auroc
 
 logger = logging.getLogger(__name__)
 

@@ -31,9 +31,8 @@ from anomalib_pedenet.training.bank_hooks import PedenetBankMixin
 from anomalib_pedenet.training.held_back import HeldBack, hold_back
 from anomalib_pedenet.training.preparation import measure
 from anomalib_pedenet.training.progress import Progress
-from anomalib_pedenet.training.resuming import Resuming
+from anomalib_pedenet.training.resuming import Resuming, origin
 from anomalib_pedenet.training.schedule import Schedule, take_back
-from anomalib_pedenet.training.state import origin
 from anomalib_pedenet.training.step import TrainingStep
 from anomalib_pedenet.training.step_guard import StepGuard
 

@@ -34,7 +34,7 @@ from anomalib_pedenet.aftercare.teaching import LostDefectError
 from anomalib_pedenet.training.out_of_fold import score_out_of_fold
 from tests.integration.conftest import write_dataset
 
-DOCUMENT = Path(__file__).parents[2] / "docs/after_training.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/tutorials/first_week.md"
 SCORERS = ["exact", "gaussian_mixture"]
 
 

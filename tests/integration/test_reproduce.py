@@ -6,7 +6,6 @@
 import importlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -136,7 +135,7 @@ def test_tables_and_figures_of_all_methods(dataset_root: Path, tmp_path: Path, r
 
 
 def test_the_page_of_results_is_what_was_measured(report: ModuleType, tmp_path: Path) -> None:
-    """All of its words and tables, and the README's; pictures need maps, which are not kept."""
+    """All of its words and tables; pictures need maps, which are not kept."""
 
     def lines(page: Path) -> list[str]:
         text = page.read_text(encoding="utf-8").splitlines()
@@ -145,12 +144,6 @@ def test_the_page_of_results_is_what_was_measured(report: ModuleType, tmp_path: 
     (tmp_path / "docs").mkdir()
     measured = lines(report.render(BENCHMARKS / "measured", tmp_path / "docs"))
     page = BENCHMARKS.parent / "docs" / "results.md"
-    readme = shutil.copy(BENCHMARKS.parent / "README.md", tmp_path)
-    report.render_readme(BENCHMARKS / "measured", Path(readme))
-    assert Path(readme).read_text(encoding="utf-8") == (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
-    (tmp_path / "README.md").write_text("No marks.", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"README.md has no lines '<!-- written by make results -->'"):
-        report.render_readme(BENCHMARKS / "measured", tmp_path / "README.md")
     assert [line for line in lines(page) if line in measured] == measured
     assert pictures(page)
     rows = pd.read_csv(BENCHMARKS / "measured" / "results.csv")

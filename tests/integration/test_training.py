@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_pedenet import Pedenet, PedenetModel
-from anomalib_pedenet.training.drawn_defects import draw_test_defects, drawn_defect_auroc
+from anomalib_pedenet.training.label_free import draw_test_defects, drawn_defect_auroc
 from anomalib_pedenet.training.step import TrainingStep
 from tests.integration.conftest import write_dataset
 
