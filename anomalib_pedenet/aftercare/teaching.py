@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from anomalib_pedenet.aftercare.edits import EDITS, both_thresholds, edit_checkpoint, read_checkpoint
@@ -86,9 +87,9 @@ def teach_checkpoint(
 ) -> tuple[list[Lesson], Path]:
     """Teach a checkpoint that images which it flags are good.
 
-    What is flagged on them is normal from now on, without training. With known defects the threshold rises, if need be,
-    until two thirds of the images like the taught ones pass. It goes by what taught images score when others of them
-    are taught.
+    What is flagged on them is normal from now on, without training. With known defects the threshold is moved too, see
+    :func:`move_threshold`: up, until two thirds of the images like the taught ones pass, or down, to keep a known
+    defect. It goes by what taught images score when others of them are taught.
 
     Args:
         ckpt_path (str | Path): Checkpoint.
@@ -133,16 +134,17 @@ def teach_checkpoint(
     held_out = teacher.scores_of_others(flagged) if known_defects else []
     teacher.teach(flagged)
     after = [[_score(model, image) for image in images] for _, images in sources]
-    new_threshold = _raise_threshold(threshold, held_out, before[1], after[1]) if known_defects else threshold
+    scores = {role: list(zip(*both, strict=True)) for (role, _), *both in zip(sources, before, after, strict=True)}
+    new_threshold = move_threshold(threshold, held_out, scores.get("defective", ()), scores.get("good", ()))
     lessons = [
-        Lesson(file, role, _normalized(scores[0], threshold), _normalized(scores[1], new_threshold))
-        for (role, images), *of_role in zip(sources, before, after, strict=True)
-        for file, *scores in zip(images.files, *of_role, strict=True)
+        Lesson(file, role, _normalized(old, threshold), _normalized(new, new_threshold))
+        for role, images in sources
+        for file, (old, new) in zip(images.files, scores[role], strict=True)
     ]
     if any(lesson.is_lost for lesson in lessons) and not force:
         raise LostDefectError(lessons)
     tensors = {f"model.scorers.{name}": value for name, value in model.scorers.state_dict().items()}
-    tensors |= both_thresholds(new_threshold) if new_threshold > threshold else {}
+    tensors |= both_thresholds(new_threshold) if new_threshold != threshold else {}
     details = {
         "files": [str(to_teach.files[index]) for index in flagged],
         "digests": [digests[index] for index in flagged],
@@ -197,26 +199,38 @@ class _Teacher:
         return scores
 
 
-def _raise_threshold(
-    threshold: float, held_out: Sequence[float], defects_before: Sequence[float], defects_after: Sequence[float]
+def move_threshold(
+    threshold: float,
+    held_out: Sequence[float],
+    defects: Sequence[tuple[float, float]],
+    good: Sequence[tuple[float, float]] = (),
 ) -> float:
     """Return a threshold by which most images that are like the taught ones pass, and known defects do not.
 
     Args:
-        threshold (float): The present one, below which it does not fall.
+        threshold (float): The present one.
         held_out (Sequence[float]): What taught images score if others are taught.
-        defects_before (Sequence[float]): Scores of known defects before.
-        defects_after (Sequence[float]): Scores of the same afterwards.
+        defects (Sequence[tuple[float, float]]): Scores of known defects, before and after the lesson.
+        good (Sequence[tuple[float, float]]): Scores of known good images, likewise.
 
     Returns:
-        float: At most half-way, in the logarithm of the distance, to the lowest of the known defects that were flagged.
+        float: Where known defects leave room for it, higher: at most half-way, in the logarithm of the distance, to the
+            lowest of those that were flagged. Where the lesson has made one of them score too low, just below that one,
+            if most images like the taught ones pass even so, and no more known good ones are flagged than before. The
+            present one if neither is possible.
     """
-    found = [after for before, after in zip(defects_before, defects_after, strict=True) if before > threshold]
-    if not held_out or not found or min(found) <= threshold:
+    found = [after for before, after in defects if before > threshold]
+    if not held_out or not found:
         return threshold
-    between = math.sqrt(threshold / (1 - threshold) * min(found) / (1 - min(found)))
-    wanted = choose_threshold(held_out, _STILL_FLAGGED).threshold
-    return max(threshold, min(wanted, between / (1 + between)))
+    lowest = min(found)
+    if lowest > threshold:
+        between = math.sqrt(threshold / (1 - threshold) * lowest / (1 - lowest))
+        wanted = choose_threshold(held_out, _STILL_FLAGGED).threshold
+        return max(threshold, min(wanted, between / (1 + between)))
+    lower = float(np.nextafter(np.float32(lowest), np.float32(0)))
+    still_flagged = sum(score > lower for score in held_out) / len(held_out)
+    more_good = sum(after > lower for _, after in good) > sum(before > threshold for before, _ in good)
+    return threshold if still_flagged > _STILL_FLAGGED or more_good else lower
 
 
 def _check_one_size(images: Sequence[Path]) -> None:
