@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 # the kind are not flagged either.
 _SHARE_OF_THRESHOLD = 0.5
 
-# Of images like the taught ones so many may be flagged, as far as known defects allow it.
-_STILL_FLAGGED = 1 / 3
+# Of images like the taught ones so many may be flagged, as far as known defects allow it; and to keep a known defect.
+_STILL_FLAGGED, _STILL_FLAGGED_TO_KEEP = 1 / 3, 1 / 2
 
 # A round takes in a few patches of each image. What is still flagged then is taught again, at most so often.
 _ROUNDS = 4
@@ -230,7 +230,7 @@ def move_threshold(
     lower = float(np.nextafter(np.float32(lowest), np.float32(0)))
     still_flagged = sum(score > lower for score in held_out) / len(held_out)
     more_good = sum(after > lower for _, after in good) > sum(before > threshold for before, _ in good)
-    return threshold if still_flagged > _STILL_FLAGGED or more_good else lower
+    return threshold if still_flagged > _STILL_FLAGGED_TO_KEEP or more_good else lower
 
 
 def _check_one_size(images: Sequence[Path]) -> None:
