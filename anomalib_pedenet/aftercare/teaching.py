@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 # the kind are not flagged either.
 _SHARE_OF_THRESHOLD = 0.5
 
-# Of images like the taught ones so many may be flagged, as far as known defects allow it; and to keep a known defect.
-_STILL_FLAGGED, _STILL_FLAGGED_TO_KEEP = 1 / 3, 1 / 2
+# Of images like the taught ones so many may be flagged, as far as known defects allow it.
+_STILL_FLAGGED = 1 / 3
+
+# So far the threshold may fall, in distance, to keep a known defect: then other good images are hardly flagged by it.
+_LEAST_FALL = 0.9
 
 # A round takes in a few patches of each image. What is still flagged then is taught again, at most so often.
 _ROUNDS = 4
@@ -135,7 +138,8 @@ def teach_checkpoint(
     teacher.teach(flagged)
     after = [[_score(model, image) for image in images] for _, images in sources]
     scores = {role: list(zip(*both, strict=True)) for (role, _), *both in zip(sources, before, after, strict=True)}
-    new_threshold = move_threshold(threshold, held_out, scores.get("defective", ()), scores.get("good", ()))
+    good = [*scores["taught"], *scores.get("good", ())]
+    new_threshold = move_threshold(threshold, held_out, scores.get("defective", ()), good)
     lessons = [
         Lesson(file, role, _normalized(old, threshold), _normalized(new, new_threshold))
         for role, images in sources
@@ -203,7 +207,7 @@ def move_threshold(
     threshold: float,
     held_out: Sequence[float],
     defects: Sequence[tuple[float, float]],
-    good: Sequence[tuple[float, float]] = (),
+    good: Sequence[tuple[float, float]],
 ) -> float:
     """Return a threshold by which most images that are like the taught ones pass, and known defects do not.
 
@@ -211,26 +215,28 @@ def move_threshold(
         threshold (float): The present one.
         held_out (Sequence[float]): What taught images score if others are taught.
         defects (Sequence[tuple[float, float]]): Scores of known defects, before and after the lesson.
-        good (Sequence[tuple[float, float]]): Scores of known good images, likewise.
+        good (Sequence[tuple[float, float]]): Scores of the taught and the known good images, likewise.
 
     Returns:
         float: Where known defects leave room for it, higher: at most half-way, in the logarithm of the distance, to the
-            lowest of those that were flagged. Where the lesson has made one of them score too low, just below that one,
-            if most images like the taught ones pass even so, and no more known good ones are flagged than before. The
+            lowest of those that were flagged. Where the lesson has made one of them score a little too low, by a tenth
+            of the distance at most, just below that one, if fewer good images are flagged than before even so. The
             present one if neither is possible.
     """
     found = [after for before, after in defects if before > threshold]
-    if not held_out or not found:
+    if not found:
         return threshold
-    lowest = min(found)
+    lowest, distance = min(found), threshold / (1 - threshold)
     if lowest > threshold:
-        between = math.sqrt(threshold / (1 - threshold) * lowest / (1 - lowest))
+        if not held_out:
+            return threshold
+        between = math.sqrt(distance * lowest / (1 - lowest))
         wanted = choose_threshold(held_out, _STILL_FLAGGED).threshold
         return max(threshold, min(wanted, between / (1 + between)))
     lower = float(np.nextafter(np.float32(lowest), np.float32(0)))
-    still_flagged = sum(score > lower for score in held_out) / len(held_out)
-    more_good = sum(after > lower for _, after in good) > sum(before > threshold for before, _ in good)
-    return threshold if still_flagged > _STILL_FLAGGED_TO_KEEP or more_good else lower
+    is_near = lower / (1 - lower) >= _LEAST_FALL * distance
+    helps = sum(after > lower for _, after in good) < sum(before > threshold for before, _ in good)
+    return lower if is_near and helps else threshold
 
 
 def _check_one_size(images: Sequence[Path]) -> None:
