@@ -49,7 +49,7 @@ test: lint ## Lint, check types and run the tests (WORKERS=... sets the processe
 quick: lint ## Lint, check types and run the unit tests alone
 	$(BIN)/python $(PYTEST) tests/unit
 
-test-all: lint ## The same with the slow tests: killed trainings, several devices (half an hour)
+test-all: lint ## The same with the slow tests: killed trainings, several devices, whole benchmarks
 	$(BIN)/python $(PYTEST) -m "slow or not slow"
 
 test-latest: ## Run the tests with the newest releases of everything, in .venv-latest (PYTHON=..., PIP="--pre" for previews)

@@ -79,6 +79,7 @@ def run(*options: str, script: str = "accuracy.py") -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
+@pytest.mark.slow
 def test_methods_are_compared_and_what_is_finished_is_kept(dataset_root: Path, tmp_path: Path) -> None:
     options = [*describe(dataset_root, tmp_path), "--output", str(tmp_path / "out")]
     run(*options, "--methods", ";".join(METHODS), "--names", "a")

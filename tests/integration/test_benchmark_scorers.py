@@ -23,6 +23,7 @@ def run(*arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
+@pytest.mark.slow
 def test_every_search_is_measured_but_those_that_need_too_large_a_matrix(tmp_path: Path) -> None:
     output = tmp_path / "runs" / "scorers"
     # 50 x 300 distances take 5.6e-5 GiB, 20 x 300 of them 2.2e-5.
@@ -43,6 +44,7 @@ def test_every_search_is_measured_but_those_that_need_too_large_a_matrix(tmp_pat
     assert Path(f"{output}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_embeddings_of_a_file_are_taken(tmp_path: Path) -> None:
     # A bank of corners, and queries at known distances from them.
     bank = torch.eye(8)

@@ -60,6 +60,7 @@ def test_batches_of_a_validation_compare_whatever_their_range(monkeypatch: pytes
     assert metric.compute() == pytest.approx(roc_auc_score(labels, scores))
 
 
+@pytest.mark.slow
 def test_settings_are_ranked_by_drawn_defects_and_a_benchmark_goes_on(data: list[str], tmp_path: Path) -> None:
     output = tmp_path / "runs" / "settings"
     arguments = ["train.py", *data, "--base", BASE, "--holdout", "0.34", "--curve", "--output", str(output)]
@@ -73,6 +74,7 @@ def test_settings_are_ranked_by_drawn_defects_and_a_benchmark_goes_on(data: list
     assert (curves.groupby("settings")["seconds"].diff().dropna() > 0).all()
 
 
+@pytest.mark.slow
 def test_every_way_of_scoring_is_measured_on_one_training(data: list[str], tmp_path: Path) -> None:
     output = tmp_path / "scoring"
     table = run("scoring.py", *data, "--base", BASE, "--holdout", "0.34", "--output", str(output))

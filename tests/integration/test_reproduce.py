@@ -198,6 +198,7 @@ def test_a_changed_default_is_another_setting(reproduce: ModuleType, monkeypatch
     assert reproduce.arguments_of({"class_path": "Pedenet"})["bank_size"] == "7"
 
 
+@pytest.mark.slow
 def test_a_killed_reproduction_goes_on_and_repeats_nothing(dataset_root: Path, tmp_path: Path) -> None:
     arguments = command(dataset_root, tmp_path, {"Pedenet": METHODS["Pedenet"]}, "--seeds", "0,1,2")
     runs = tmp_path / "out" / "runs"
