@@ -123,9 +123,10 @@ def teach_checkpoint(
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in to_teach.files]
     _check_are_new(ckpt_path, to_teach.files, digests)
 
+    within = None
     if region is not None:
         _check_one_size(to_teach.files)
-    within = None if region is None else inspector.read_region(region, to_teach)
+        within = inspector.read_region(region, to_teach)
     before = [[_score(model, image) for image in images] for _, images in sources]
     flagged = [index for index, score in enumerate(before[0]) if score > threshold]
     if not flagged:

@@ -118,11 +118,9 @@ class PedenetTrainingMixin(PedenetBankMixin):
             fused=True,  # these alone can be told on the device to skip a step
         )
         rates = self._make_schedule().learning_rate(optimizer)
-        return (
-            optimizer
-            if rates is None
-            else {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
-        )
+        if rates is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     def _make_schedule(self) -> Schedule:
         """Plan the training, under the model's and the Trainer's limits."""
