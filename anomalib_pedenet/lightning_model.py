@@ -164,7 +164,8 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
         covariance_type (str): Covariances of the mixture, ``"diag"`` or ``"full"``. Defaults to ``"diag"``.
         covariance_jitter (float): Added to the covariances' diagonals. Defaults to ``1e-3``.
         train_precision (str): Arithmetic of the networks in training: ``"float32"``, ``"bfloat16"`` (autocast), or
-            ``"auto"`` for bfloat16 where the device is fast at it. Scoring is not affected. Defaults to ``"auto"``.
+            ``"auto"`` for the faster of the two: on a CPU found by timing the first steps. Scoring is not affected.
+            Defaults to ``"auto"``.
         cuda_graph (bool): Whether steps on a GPU are recorded and launched as a whole, which takes a fraction of the
             time. Several processes, full covariances and patch-by-patch training do without. Defaults to ``True``.
         seed (int | None): Seed of weights and training, which make the same result then on the same machine and number

@@ -160,7 +160,7 @@ def learned(model: Pedenet, images: torch.Tensor, repetitions: int = 4) -> dict[
         images (torch.Tensor): Pre-processed normal images ``[N, 3, H, W]``.
         repetitions (int): Steps to average. Defaults to ``4``.
     """
-    step = TrainingStep(model.model, model.loss, model.hparams, uses_bfloat16=False, records=False)
+    step = TrainingStep(model.model, model.loss, model.hparams, records=False)
     metrics = [step(model.model.standardize(images), density_scale=1.0)[1] for _ in range(repetitions)]
     return {
         size: 1 - float(synthetic_weight(torch.stack([values[f"loss_lpn_{size}"] for values in metrics]).mean()))

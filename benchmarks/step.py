@@ -141,7 +141,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     memory = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     train(options, counting, 2, cuda_graph=False)  # the operations in a graph cannot be seen
-    dtype = torch.bfloat16 if model._uses_bfloat16 else torch.float32  # noqa: SLF001 - what "auto" chose
+    is_half = model._pace is not None and model._pace.precision == "bfloat16"  # noqa: SLF001 - what "auto" chose
+    dtype = torch.bfloat16 if is_half else torch.float32
     low, median, high = statistics.quantiles(watch.seconds, n=4)
     operations = counting.counter.get_total_flops()
     peak = matrix_throughput(dtype, device)

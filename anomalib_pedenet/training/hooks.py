@@ -5,6 +5,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,11 +25,11 @@ from anomalib_pedenet.host.fit_loop import (
     save_again,
     validate_now,
 )
-from anomalib_pedenet.hyper_parameters import TrainPrecision
 from anomalib_pedenet.loss import PedenetLoss
 from anomalib_pedenet.post_processor import lacks_thresholds, set_thresholds
 from anomalib_pedenet.training.bank_hooks import PedenetBankMixin
 from anomalib_pedenet.training.held_back import HeldBack, hold_back
+from anomalib_pedenet.training.pace import Pace, precisions_to_try, ways
 from anomalib_pedenet.training.preparation import measure
 from anomalib_pedenet.training.progress import Progress
 from anomalib_pedenet.training.resuming import Resuming, origin
@@ -61,7 +62,7 @@ class PedenetTrainingMixin(PedenetBankMixin):
         self._origin: dict[str, Any] | None = None
         self._held_back: HeldBack | None = None
         self._last_metrics: dict[str, torch.Tensor] = {}  # means over the latest batch's steps
-        self._uses_bfloat16 = False
+        self._pace: Pace | None = None
         self._validated_step = 0
         self._epochs_between_validations: int | None = None  # the Trainer's, while the last validation is seen to
 
@@ -143,7 +144,6 @@ class PedenetTrainingMixin(PedenetBankMixin):
         """
         trainer, hparams = self.trainer, self.hparams
         self._schedule = self._make_schedule()
-        self._uses_bfloat16 = _uses_bfloat16(hparams.train_precision, self.device)
         images = self._training_set()
         self._held_back = hold_back(images, hparams.holdout)
         num_images = self._images_per_epoch() if self._held_back is None else len(self._held_back.trained_on)
@@ -160,18 +160,23 @@ class PedenetTrainingMixin(PedenetBankMixin):
         self._guard = StepGuard(self.optimizers().optimizer, self.model)
         # Several processes are left out: their gradients are exchanged as they come, which a graph would have to hold.
         records = hparams.cuda_graph and trainer.world_size == 1
-        self._step = TrainingStep(self.model, self.loss, hparams, self._uses_bfloat16, records)
+        self._step = TrainingStep(self.model, self.loss, hparams, records)
         self._origin = self._origin or origin(trainer)
         if trainer.global_step == 0:
             self._resuming.seed(trainer, self.device, hparams.seed)
         else:
             skipped = self._resuming.go_on(trainer, self.device, self._pool, images, self.model.standardize)
             self._progress.skipped_in_row = skipped
-        logger.info(
-            "Training Pedenet for %d steps, networks in %s.",
-            self._schedule.total_steps,
-            "bfloat16" if self._uses_bfloat16 else "float32",
-        )
+        self._pace = self._make_pace()
+        logger.info("Training Pedenet for %d steps.", self._schedule.total_steps)
+
+    def _make_pace(self) -> Pace:
+        """Plan to find the fastest way to make steps, at the start and whenever they become slow."""
+        # A seed promises the same result, to which other numbers of threads add up otherwise; and processes must agree.
+        is_seeded = self.hparams.seed is not None or "PL_GLOBAL_SEED" in os.environ
+        may_change = not is_seeded and self.trainer.world_size == 1 and self.device.type == "cpu"
+        precisions = precisions_to_try(self.device, self.hparams.train_precision, self._resuming.precision)
+        return Pace(ways(precisions, torch.get_num_threads(), may_change), self.trainer.global_step, may_change)
 
     def on_train_epoch_start(self) -> None:
         """Have the first epoch of a seeded or resumed training draw from the generators as they are meant to be."""
@@ -223,17 +228,18 @@ class PedenetTrainingMixin(PedenetBankMixin):
 
     def _make_step(self, batch: Batch, pool: ImagePool) -> dict[str, torch.Tensor]:
         """Make an optimizer step, and return what there is to report of it, and whether it was skipped."""
-        guard, step, optimizer = self._guard, self._step, self.optimizers()
-        assert guard is not None and step is not None  # noqa: PT018 - made with the pool
+        guard, step, pace, optimizer = self._guard, self._step, self._pace, self.optimizers()
+        assert guard is not None and step is not None and pace is not None  # noqa: PT018 - made with the pool
         self._is_bank_stale = True
         guard.begin()
-        with naming_files(batch):
-            loss, metrics = self._joint_loss(step, pool.images)
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        # Gradients are means over the processes already, so that all of them skip a step or none.
-        is_skipped = guard.check(self.trainer.strategy.reduce(loss.detach(), reduce_op="mean"))
-        optimizer.step()
+        with pace.step(self.trainer.global_step):
+            with naming_files(batch):
+                loss, metrics = self._joint_loss(step, pool.images)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            # Gradients are means over the processes already, so that all of them skip a step or none.
+            is_skipped = guard.check(self.trainer.strategy.reduce(loss.detach(), reduce_op="mean"))
+            optimizer.step()
         scheduler = self.lr_schedulers()  # each time anew, as it may be replaced
         if scheduler is not None:
             scheduler.step()
@@ -243,7 +249,9 @@ class PedenetTrainingMixin(PedenetBankMixin):
 
     def _joint_loss(self, step: TrainingStep, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss of one step on standardised images, over all scales, and detached scalars to report."""
-        return step(images, self._schedule.density_scale(self.trainer.global_step))
+        assert self._pace is not None
+        made = self.trainer.global_step
+        return step(images, self._schedule.density_scale(made), self._pace.way(made).precision)
 
     def _look_back(self, history: list[dict[str, torch.Tensor]]) -> None:
         """Report a batch's steps, count those that were skipped, and shorten a training that learns nothing.
@@ -320,15 +328,20 @@ class PedenetTrainingMixin(PedenetBankMixin):
         self._last_metrics = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled, in exports to PyTorch's format: no images."""
-        return super().__getstate__() | {"_held_back": None}
+        """Return what is pickled, in exports to PyTorch's format: neither images nor what was timed."""
+        return super().__getstate__() | {"_held_back": None, "_pace": None}
 
     def _training_entries(self) -> dict[str, Any]:
         """Return a checkpoint's entries of the training at hand."""
         entries: dict[str, Any] = {ORIGIN: self._origin, SHORTENED: self._schedule.shortened_to}
         if self._pool is not None:
             entries[TRAINING] = Resuming.state(
-                self.trainer, self.device, self._pool, self._training_set(), self._progress.skipped_in_row
+                self.trainer,
+                self.device,
+                self._pool,
+                self._training_set(),
+                self._progress.skipped_in_row,
+                None if self._pace is None else self._pace.precision,
             )
         return entries
 
@@ -337,12 +350,3 @@ class PedenetTrainingMixin(PedenetBankMixin):
         self._resuming.loaded = checkpoint.get(TRAINING)
         self._origin = checkpoint.get(ORIGIN)
         self._schedule.shortened_to = checkpoint.get(SHORTENED)
-
-
-def _uses_bfloat16(train_precision: TrainPrecision, device: torch.device) -> bool:
-    """Return whether to train the networks under bfloat16 autocast."""
-    if train_precision != "auto":
-        return train_precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 - there is no public name

@@ -22,6 +22,7 @@ from lightning.pytorch import Trainer
 
 from anomalib_pedenet.data.image_pool import ImagePool
 from anomalib_pedenet.data.normal_images import TrainingSet
+from anomalib_pedenet.hyper_parameters import TrainPrecision
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +33,24 @@ class Resuming:
     """Seeds a training, or puts it where its checkpoint was.
 
     Attributes:
+        precision (str | None): That in which an earlier part of the training chose to make steps, if it is known.
         loaded (list[dict[str, Any]] | None): What a checkpoint holds of each process, from :meth:`state`, until the
             training goes on.
     """
 
     def __init__(self) -> None:
+        self.precision: TrainPrecision | None = None
         self.loaded: list[dict[str, Any]] | None = None
         self._random: dict[str, Any] | None = None  # what the first epoch is to draw from, until its first batch
 
     @staticmethod
     def state(
-        trainer: Trainer, device: torch.device, pool: ImagePool, images: TrainingSet, skipped_in_row: int
+        trainer: Trainer,
+        device: torch.device,
+        pool: ImagePool,
+        images: TrainingSet,
+        skipped_in_row: int,
+        precision: TrainPrecision | None,
     ) -> list[dict[str, Any]]:
         """Return what each process needs to go on exactly, as plain data.
 
@@ -52,11 +60,13 @@ class Resuming:
             pool (ImagePool): The images that crops are drawn from.
             images (TrainingSet): The training images.
             skipped_in_row (int): Steps that were skipped just before.
+            precision (str | None): Precision of the steps, if one has been chosen.
 
         Returns:
             list[dict[str, Any]]: For each process: its generators, and what is in its pool of images.
         """
         state: dict[str, Any] = {"random": random_state(device), "skipped_in_row": skipped_in_row}
+        state["precision"] = precision
         positions = images.positions(pool.sources)
         if positions is not None:
             names = [Path(str(source)).name for source in pool.sources]
@@ -112,6 +122,7 @@ class Resuming:
         if "pool" in state:
             _restore_pool(pool, state["pool"], images, standardize)
         self._random = state["random"]
+        self.precision = state.get("precision")  # not in checkpoints of earlier versions
         set_random_state(state["random"], device)
         return int(state["skipped_in_row"])
 

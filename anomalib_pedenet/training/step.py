@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from anomalib_pedenet.hyper_parameters import TrainPrecision
 from anomalib_pedenet.loss import PedenetLoss
 from anomalib_pedenet.torch_model import PedenetModel
 from anomalib_pedenet.training.sampling import EmbeddingSample, draw_views, sample_dense, sample_patches
@@ -33,13 +34,12 @@ class TrainingStep:
         model (PedenetModel): Model to train.
         loss (PedenetLoss): Loss of one scale.
         hparams (Mapping[str, Any]): Hyper-parameters of :class:`anomalib_pedenet.Pedenet`.
-        uses_bfloat16 (bool): Whether the networks compute in bfloat16 (autocast).
         records (bool): Whether to record a CUDA graph in the first step, where the device and the loss allow it.
 
     Example:
         >>> from anomalib_pedenet import Pedenet
         >>> pedenet = Pedenet(lambda_syn=0.0)
-        >>> step = TrainingStep(pedenet.model, pedenet.loss, pedenet.hparams, uses_bfloat16=False, records=False)
+        >>> step = TrainingStep(pedenet.model, pedenet.loss, pedenet.hparams, records=False)
         >>> loss, metrics = step(torch.randn(2, 3, 128, 128), density_scale=1.0)
         >>> loss.requires_grad, "loss_lpn_64" in metrics
         (True, True)
@@ -50,22 +50,25 @@ class TrainingStep:
         model: PedenetModel,
         loss: PedenetLoss,
         hparams: Mapping[str, Any],
-        uses_bfloat16: bool,
         records: bool,
     ) -> None:
         self._hparams = hparams
         self._region = model.region
         self._positions: tuple[torch.Size, torch.Tensor] | None = None  # of crops, for images of some size
-        self._joint = _JointLoss(model, loss, hparams, uses_bfloat16)
+        self._joint = _JointLoss(model, loss, hparams)
         # A full covariance is factorised, and the host asks whether that went well.
         self._records = records and hparams["training_mode"] == "dense" and hparams["covariance_type"] == "diag"
 
-    def __call__(self, images: torch.Tensor, density_scale: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(
+        self, images: torch.Tensor, density_scale: float, precision: TrainPrecision = "float32"
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Draw patches and compute their loss.
 
         Args:
             images (torch.Tensor): Standardised images ``[B, C, H, W]``.
             density_scale (float): Factor on L_DEN and L_reg, in [0, 1].
+            precision (str): ``"float32"`` or ``"bfloat16"`` (autocast), of the networks. A CUDA graph keeps that of its
+                first step. Defaults to ``"float32"``.
 
         Returns:
             tuple[torch.Tensor, dict[str, torch.Tensor]]: Loss of all scales, and detached scalars to report.
@@ -73,7 +76,7 @@ class TrainingStep:
         Raises:
             ValueError: If the images are too small, or a covariance is not positive definite.
         """
-        hparams = self._hparams
+        hparams, self._joint.uses_bfloat16 = self._hparams, precision == "bfloat16"
         scale = torch.full((), density_scale, device=images.device)
         disturbance = {"color_shift": hparams["color_shift"], "noise": hparams["noise"]}
         if hparams["training_mode"] == "patchwise":
@@ -133,10 +136,12 @@ class _JointLoss(nn.Module):
         model (PedenetModel): Model to train.
         loss (PedenetLoss): Loss of one scale.
         hparams (Mapping[str, Any]): Hyper-parameters.
+
+    Attributes:
         uses_bfloat16 (bool): Whether the networks compute in bfloat16 (autocast).
     """
 
-    def __init__(self, model: PedenetModel, loss: PedenetLoss, hparams: Mapping[str, Any], uses_bfloat16: bool) -> None:
+    def __init__(self, model: PedenetModel, loss: PedenetLoss, hparams: Mapping[str, Any]) -> None:
         super().__init__()
         self.embedding_network = model.embedding_network
         self.density_networks = model.density_networks
@@ -149,7 +154,7 @@ class _JointLoss(nn.Module):
             "num_pairs": hparams["pairs_per_step"],
             "with_jitter": hparams["lambda_svdd"] > 0,
         }
-        self._uses_bfloat16 = uses_bfloat16
+        self.uses_bfloat16 = False
         # Patch by patch the small encoder's weights are used several times in a step; and a graph must not keep them.
         self._keeps_casts = hparams["training_mode"] == "patchwise"
         scalars = ("loss_den", "loss_lpn", "loss_reg", "loss_var", "loss_syn", "loss_svdd", "lp_accuracy", "spread")
@@ -157,7 +162,7 @@ class _JointLoss(nn.Module):
 
     def precision(self, device: torch.device) -> contextlib.AbstractContextManager:
         """Return the context in which the networks are to compute."""
-        if self._uses_bfloat16:
+        if self.uses_bfloat16:
             return torch.autocast(device.type, torch.bfloat16, cache_enabled=self._keeps_casts)
         return contextlib.nullcontext()
 
