@@ -12,11 +12,15 @@ import torch
 from anomalib_pedenet.anomaly_map import Combination
 from anomalib_pedenet.loss import DensityLossType, PedenetLoss
 from anomalib_pedenet.mixture import CovarianceType
+from anomalib_pedenet.networks import ModelSize
 from anomalib_pedenet.patches import BASE_STRIDE, MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE, minimum_training_size
 from anomalib_pedenet.scales import AUTO_SCORER, default_scored_sizes
 from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.scorers.nearest_neighbor import check_bank_size
 from anomalib_pedenet.torch_model import PedenetModel
+
+UNSAVED: dict[str, Any] = {"model_size": "medium"}
+"""Arguments that checkpoints of earlier versions do not have, and what those were trained with."""
 
 DEFAULT_STRIDE = 8
 DEFAULT_COMBINATION: Combination = "auto"
@@ -26,7 +30,7 @@ Purpose = Literal["load", "resume", "evaluate", "export"]
 """What a checkpoint is read for: by ``load_from_checkpoint``, to go on training, to score images, to be exported."""
 
 # What each argument is of; all others are of the training. See `check_changes`.
-_FIXED = ("image_size", "patch_sizes", "embedding_dim", "num_components", "batch_norm")
+_FIXED = ("image_size", "patch_sizes", "model_size", "embedding_dim", "num_components", "batch_norm")
 _OF_A_WHOLE_TRAINING = ("seed", "learning_rate", "lr_schedule")
 _OF_THE_BANK = ("roi", "scored_sizes", "scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight")
 _OF_SCORING = ("stride", "combination")
@@ -79,6 +83,7 @@ def _validate_choices_and_limits(hparams: Mapping[str, Any]) -> None:
         ValueError: If one is outside its range.
     """
     choices = {
+        "model_size": get_args(ModelSize),
         "combination": get_args(Combination),
         "coreset": get_args(Coreset),
         "training_mode": get_args(TrainingMode),
@@ -160,6 +165,7 @@ def make_model(hparams: Any) -> PedenetModel:  # noqa: ANN401 - Lightning's, whi
             seed=hparams.bank_seed,
             position_weight=hparams.position_weight,
             batch_norm=hparams.batch_norm,
+            model_size=hparams.model_size,
             defect_prediction=hparams.lambda_syn > 0,
         )
 

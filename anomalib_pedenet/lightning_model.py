@@ -47,6 +47,7 @@ from anomalib_pedenet.hyper_parameters import (
 )
 from anomalib_pedenet.loss import DensityLossType
 from anomalib_pedenet.mixture import CovarianceType
+from anomalib_pedenet.networks import ModelSize
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.post_processor import PedenetPostProcessor
 from anomalib_pedenet.scorers import Coreset
@@ -111,6 +112,8 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
             are compared, per length of the image's longer side. ``0`` compares with patches from anywhere (unaligned
             parts, surfaces), ``32`` with those of nearly the same place (aligned parts). ``"auto"`` chooses from the
             normal images. Defaults to ``"auto"``.
+        model_size (str): Width of the small encoder: ``"small"``, or ``"medium"``, as in Patch-SVDD, which takes three
+            times as long. Defaults to ``"small"``.
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         num_components (int): Number K of Gaussian mixture components. Defaults to ``10``.
         batch_norm (bool): Whether batch normalisation follows the small encoder's convolutions. The paper mentions
@@ -205,6 +208,7 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
         bank_stride: int = 8,
         bank_seed: int = 0,
         position_weight: float | Literal["auto"] = "auto",
+        model_size: ModelSize = "small",
         embedding_dim: int = 64,
         num_components: int = 10,
         batch_norm: bool = True,

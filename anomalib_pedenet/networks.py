@@ -18,6 +18,7 @@ Reference:
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import nn
@@ -28,6 +29,15 @@ from anomalib_pedenet.patches import BASE_STRIDE, MID_LEVEL_SIZES, PATCH_SIZE, S
 
 NEGATIVE_SLOPE = 0.1
 """Negative slope of every LeakyReLU, as in the paper."""
+
+ModelSize = Literal["small", "medium"]
+
+SMALL_CHANNELS: dict[ModelSize, tuple[int, ...]] = {
+    "small": (16, 32, 64, 64, 64, 32, 32, 32),
+    "medium": (32, 64, 128, 128, 64, 64, 32, 32),
+}
+"""Filters of the small encoder's eight convolutions. ``medium`` is Patch-SVDD's; ``small`` has a third of its
+multiply-adds."""
 
 
 def initialize_weights(module: nn.Module) -> None:
@@ -58,7 +68,8 @@ class PatchEmbeddingNetwork(nn.Module):
 
     Args:
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
-        small_channels (Sequence[int]): Filters of the small encoder's eight convolutions.
+        small_channels (Sequence[int]): Filters of the small encoder's eight convolutions. Defaults to those of
+            ``medium``.
         large_channels (int): Filters of the large encoder's 2x2 convolution. Defaults to ``128``.
         in_channels (int): Channels of the images. Defaults to ``3``.
         batch_norm (bool): Whether batch normalisation follows each of the eight convolutions. The paper mentions none;
@@ -82,7 +93,7 @@ class PatchEmbeddingNetwork(nn.Module):
     def __init__(
         self,
         embedding_dim: int = 64,
-        small_channels: Sequence[int] = (32, 64, 128, 128, 64, 64, 32, 32),
+        small_channels: Sequence[int] = SMALL_CHANNELS["medium"],
         large_channels: int = 128,
         in_channels: int = 3,
         batch_norm: bool = True,

@@ -20,9 +20,11 @@ from torch import nn
 from anomalib_pedenet.anomaly_map import Combination, combine_maps, measure_maps, scores_to_map, soft_maximum
 from anomalib_pedenet.dense_embedding import embed_images
 from anomalib_pedenet.networks import (
+    SMALL_CHANNELS,
     DefectPredictionNetwork,
     DensityEstimationNetwork,
     LocationPredictionNetwork,
+    ModelSize,
     PatchEmbeddingNetwork,
 )
 from anomalib_pedenet.patches import MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE
@@ -73,6 +75,7 @@ class ScoringModel(nn.Module):
             ``"auto"`` to choose it from normal images, see :mod:`anomalib_pedenet.scorers.position`. Defaults to
             ``"auto"``.
         batch_norm (bool): Whether the small encoder has batch normalisation. Defaults to ``True``.
+        model_size (ModelSize): Width of the small encoder, ``"small"`` or ``"medium"``. Defaults to ``"small"``.
         defect_prediction (bool): Whether there is a network at each scale to be trained on drawn defects.
             Defaults to ``False``.
 
@@ -106,6 +109,7 @@ class ScoringModel(nn.Module):
         position_weight: float | Literal["auto"] = "auto",
         batch_norm: bool = True,
         defect_prediction: bool = False,
+        model_size: ModelSize = "small",
     ) -> None:
         super().__init__()
         self.patch_sizes = tuple(sorted(patch_sizes))
@@ -134,7 +138,8 @@ class ScoringModel(nn.Module):
         self._scale_weights = [1.0] * len(self.scored_sizes)
         # A third faster on a CPU, and in bfloat16 twice as fast. From the start, not for training alone, because the
         # other memory format rounds differently: a loaded checkpoint must score exactly as the model that saved it.
-        network = PatchEmbeddingNetwork(embedding_dim, batch_norm=batch_norm, patch_sizes=self.patch_sizes)
+        filters = SMALL_CHANNELS[model_size]
+        network = PatchEmbeddingNetwork(embedding_dim, filters, batch_norm=batch_norm, patch_sizes=self.patch_sizes)
         self.embedding_network = network.to(memory_format=torch.channels_last)
         self.density_networks = nn.ModuleDict(
             {str(size): DensityEstimationNetwork(num_components, embedding_dim) for size in self.patch_sizes},
@@ -357,11 +362,6 @@ class ScoringModel(nn.Module):
         shares = self.scale_shares
         used = [self.scored_sizes.index(size) for size in shares]
         return self.map_offsets[used], self.map_spreads[used], list(shares.values())
-
-    def _shown_patches(self, size: Sequence[int], patch_size: int, stride: int) -> torch.Tensor:
-        """Return which patches of images of some height and width have a part in visible pixels' scores, ``[h, w]``."""
-        # A pixel's score is that of its window, which reaches half a step of the map to each side.
-        return self.region.patches((size[0], size[1]), patch_size, stride, margin=self.stride // 2)
 
     @property
     def _goes_by_place(self) -> bool:

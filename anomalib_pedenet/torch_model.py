@@ -8,7 +8,7 @@ standardisation, calibration, scorers, limit of what is normal. A fitted model c
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -233,3 +233,8 @@ class PedenetModel(ScoringModel):
             if len(embeddings):
                 self.scorers[str(size)].teach(embeddings)
         return {size: len(embeddings) for size, embeddings in rows.items()}
+
+    def _shown_patches(self, size: Sequence[int], patch_size: int, stride: int) -> torch.Tensor:
+        """Return which patches of images of some height and width have a part in visible pixels' scores, ``[h, w]``."""
+        # A pixel's score is that of its window, which reaches half a step of the map to each side.
+        return self.region.patches((size[0], size[1]), patch_size, stride, margin=self.stride // 2)

@@ -19,6 +19,7 @@ from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Trainer
 
+from anomalib_pedenet.hyper_parameters import UNSAVED
 from anomalib_pedenet.post_processor import THRESHOLDS
 
 # Bit of an archive's entry that makes it a folder.
@@ -111,11 +112,13 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
 
     The first had scores without a limit, so that thresholds are brought into 0..1. Later ones did not keep what was
     learned at each scale, always had the product of the scales' maps, and had no region of interest. Some measured
-    places by themselves.
+    places by themselves. All had an encoder of the same width.
 
     Args:
         checkpoint (dict[str, Any]): Loaded checkpoint, which is changed.
     """
+    if "hyper_parameters" in checkpoint:
+        checkpoint["hyper_parameters"] = UNSAVED | dict(checkpoint["hyper_parameters"])
     state = checkpoint["state_dict"]
     if LEARNED not in state and CHOSEN in state:
         scales = len(state[CHOSEN])
@@ -146,13 +149,14 @@ def saved_hyper_parameters(path: str | Path, weights_only: bool, safe_globals: S
         safe_globals (Sequence[Any]): Likewise, ``extra_safe_globals``.
 
     Returns:
-        dict[str, Any]: By name; none if the file is not here, but somewhere that Lightning knows.
+        dict[str, Any]: By name, with what earlier versions did not save; none if the file is not here, but somewhere
+            that Lightning knows.
     """
     if not Path(path).is_file():
         return {}
     with anomalib_safe_globals(extra=safe_globals):
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
-    return dict(checkpoint.get("hyper_parameters", {}))
+    return UNSAVED | dict(checkpoint.get("hyper_parameters", {}))
 
 
 def engine_frame(method: str) -> FrameType | None:

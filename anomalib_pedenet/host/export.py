@@ -108,10 +108,11 @@ class PedenetExportMixin(ExportMixin):
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - of the mixin
         """Export to OpenVINO; see ``ExportMixin.to_openvino``.
 
-        With FP16 the squares of the memory bank's rows are those of the rounded rows, and keep more than 16 bits.
+        However it is compressed, the memory bank is kept in 16 bits. The squares of its rows are those of the rounded
+        rows, and keep more than 16 bits.
         """
         arguments = signature(super().to_openvino).bind(*args, **kwargs).arguments
-        if arguments.get("compression_type") != CompressionType.FP16:
+        if not arguments.get("compression_type"):
             return super().to_openvino(*args, **kwargs)
         scorers = self.model.scorers
         self.model.scorers = deepcopy(scorers)
@@ -146,7 +147,7 @@ class PedenetExportMixin(ExportMixin):
         from anomalib_pedenet.host import quantization
 
         if compression_type == CompressionType.INT8:
-            return quantization.compress_weights(model)
+            return quantization.compress_weights(quantization.halve(model))
         if datamodule is None:
             msg = (
                 f"Datamodule must be provided for {CompressionType(compression_type).name}, which needs images to "
@@ -163,8 +164,9 @@ class PedenetExportMixin(ExportMixin):
         chosen = spread(len(loader.dataset), quantization.MAX_CALIBRATION_IMAGES)
         images = NormalImages(loader, None, torch.device("cpu"), chosen)
         if compression_type == CompressionType.INT8_PTQ:
-            return quantization.quantize(model, images)
+            return quantization.quantize(quantization.halve(model), images)
         validation = datamodule.val_data
         labelled = DataLoader(validation, batch_size=1, collate_fn=validation.collate_fn)
         metric = metric or F1Score(fields=["pred_label", "gt_label"])
-        return quantization.quantize_with_accuracy_control(model, images, labelled, metric, max_drop)
+        halved = quantization.halve(model)
+        return quantization.quantize_with_accuracy_control(halved, images, labelled, metric, max_drop)

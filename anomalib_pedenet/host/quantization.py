@@ -10,6 +10,9 @@ contrast would reach it in a few of the 256 levels.
 """
 
 from collections.abc import Iterable, Iterator
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -101,6 +104,25 @@ def quantize_with_accuracy_control(
         subset_size=MAX_CALIBRATION_IMAGES,
         ignored_scope=_kept_in_floating_point(model),
     )
+
+
+def halve(model: "openvino.Model") -> "openvino.Model":
+    """Keep constants, the memory banks above all, in sixteen bits; arithmetic stays as it is.
+
+    OpenVINO leaves a model as it is that has eight-bit parts already.
+
+    Args:
+        model (openvino.Model): Exported model, whose banks have been rounded.
+
+    Returns:
+        openvino.Model: The same in half as many bytes.
+    """
+    import openvino
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.xml"
+        openvino.save_model(model, path, compress_to_fp16=True)
+        return openvino.Core().read_model(BytesIO(path.read_bytes()), BytesIO(path.with_suffix(".bin").read_bytes()))
 
 
 def _kept_in_floating_point(model: "openvino.Model") -> "nncf.IgnoredScope":

@@ -45,6 +45,7 @@ OTHER: dict[str, Any] = {
     "bank_stride": 4,
     "bank_seed": 3,
     "position_weight": 2.0,
+    "model_size": "medium",
     "embedding_dim": 32,
     "num_components": 5,
     "batch_norm": False,
@@ -87,7 +88,7 @@ OTHER: dict[str, Any] = {
     "visualizer": False,
 }
 
-OF_THE_WEIGHTS = {"image_size", "patch_sizes", "embedding_dim", "num_components", "batch_norm"}
+OF_THE_WEIGHTS = {"image_size", "patch_sizes", "model_size", "embedding_dim", "num_components", "batch_norm"}
 OF_THE_BANK = {"roi", "scored_sizes", "scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight"}
 ALWAYS_USED = {"stride", "combination", "post_processor", "evaluator", "visualizer"}
 NEVER_USED = OF_THE_WEIGHTS | {"pre_trained", "pre_processor"}
@@ -257,3 +258,23 @@ def test_what_is_left_out_is_the_checkpoints(
         for images in (datamodule.train_data, datamodule.val_data, datamodule.test_data):
             assert tuple(images.augmentations.size) == (112, 128)
     assert len(model.model.scorers["24"].bank) == 60
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "load"])
+def test_a_checkpoint_without_a_model_size_is_of_the_one_that_there_was(
+    command: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("train", data, None, TRAINED | {"model_size": "medium", "max_steps": 1})
+    (path,) = tmp_path.rglob("latest/weights/lightning/model.ckpt")
+    old = torch.load(path, weights_only=True)
+    assert old["hyper_parameters"].pop("model_size") == "medium"
+    torch.save(old, tmp_path / "old.ckpt")
+    if command == "load":
+        model = Pedenet.load_from_checkpoint(tmp_path / "old.ckpt")
+    else:
+        model = run(command, data, tmp_path / "old.ckpt", {"max_steps": 3} if command == "train" else {})
+    assert model.hparams.model_size == "medium"
+    if command != "train":
+        name = "model.embedding_network.small_encoder.0.weight"
+        assert model.state_dict()[name].equal(old["state_dict"][name])

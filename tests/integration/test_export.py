@@ -292,6 +292,21 @@ def test_half_precision_keeps_the_map(
         np.testing.assert_allclose(half["anomaly_map"], expected, rtol=0, atol=0.02 * np.ptp(expected))
 
 
+@pytest.mark.parametrize("name", list(CompressionType))
+def test_no_large_constant_is_kept_in_32_bits_by_a_compressed_model(
+    openvino_predictions: dict[str, tuple[openvino.Model, list[dict[str, np.ndarray]]]], name: str
+) -> None:
+    def bytes_in_32_bits(kind: str) -> int:
+        operations = openvino_predictions[kind][0].get_ordered_ops()
+        constants = [operation for operation in operations if operation.get_type_name() == "Constant"]
+        return sum(
+            constant.get_byte_size() for constant in constants if constant.get_element_type() == openvino.Type.f32
+        )
+
+    assert bytes_in_32_bits("none") > 100_000
+    assert bytes_in_32_bits(name) < 1000
+
+
 def test_an_export_in_half_precision_leaves_the_model_as_it_was(trained: tuple[Engine, Path], tmp_path: Path) -> None:
     model = Pedenet.load_from_checkpoint(trained[1])
     before = {name: value.clone() for name, value in model.model.scorers.state_dict().items()}
@@ -313,7 +328,7 @@ def test_only_the_inner_convolutions_are_quantized(
         ]
 
     # Five convolutions make 24-px patches.
-    inner = [("Convolution", [channels, 3]) for channels in (32, 64, 128, 128)]
+    inner = [("Convolution", [channels, 3]) for channels in (16, 32, 64, 64)]
     assert quantized("int8_ptq") == inner
     assert quantized("none") == quantized("int8") == []
 
