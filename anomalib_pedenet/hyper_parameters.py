@@ -19,9 +19,6 @@ from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.scorers.nearest_neighbor import check_bank_size
 from anomalib_pedenet.torch_model import PedenetModel
 
-UNSAVED: dict[str, Any] = {"model_size": "medium"}
-"""Arguments that checkpoints of earlier versions do not have, and what those were trained with."""
-
 DEFAULT_STRIDE = 8
 DEFAULT_COMBINATION: Combination = "auto"
 DEFAULT_SCORER = AUTO_SCORER

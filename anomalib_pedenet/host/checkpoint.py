@@ -23,7 +23,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_pedenet.host.exportable_resize import resize_as_in_training
-from anomalib_pedenet.hyper_parameters import UNSAVED, Purpose, changes, changes_bank, check_changes, resolve
+from anomalib_pedenet.hyper_parameters import Purpose, changes, changes_bank, check_changes, resolve
 from anomalib_pedenet.torch_model import PedenetModel
 
 if TYPE_CHECKING:
@@ -355,7 +355,7 @@ class PedenetCheckpointMixin(LightningModule):
                 hparams_file=hparams_file,
                 strict=strict,
                 weights_only=weights_only,
-                **{name: saved[name] for name in UNSAVED if name in saved} | (kwargs or _asked_of_export(saved)),
+                **{name: saved[name] for name in saved if name == "model_size"} | (kwargs or _asked_of_export(saved)),
             )
         finally:
             _SAVED.reset(token)

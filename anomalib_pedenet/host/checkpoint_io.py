@@ -8,7 +8,7 @@ import inspect
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -19,7 +19,7 @@ from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Trainer
 
-from anomalib_pedenet.hyper_parameters import UNSAVED
+from anomalib_pedenet.networks import SMALL_CHANNELS
 from anomalib_pedenet.post_processor import THRESHOLDS
 
 # Bit of an archive's entry that makes it a folder.
@@ -33,6 +33,9 @@ LEARNED = "model.learned"
 
 CHOSEN = "model._extra_state"
 """Name of what was chosen from normal images."""
+
+FIRST_LAYER = "model.embedding_network.small_encoder.0.weight"
+"""Name of the weights of the first convolution."""
 
 NETWORK = "model.embedding_network."
 """First part of the names of the weights that every checkpoint of this model has."""
@@ -112,13 +115,12 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
 
     The first had scores without a limit, so that thresholds are brought into 0..1. Later ones did not keep what was
     learned at each scale, always had the product of the scales' maps, and had no region of interest. Some measured
-    places by themselves. All had an encoder of the same width.
+    places by themselves. The width of the encoder was not named.
 
     Args:
         checkpoint (dict[str, Any]): Loaded checkpoint, which is changed.
     """
-    if "hyper_parameters" in checkpoint:
-        checkpoint["hyper_parameters"] = UNSAVED | dict(checkpoint["hyper_parameters"])
+    checkpoint["hyper_parameters"] = _hyper_parameters(checkpoint)
     state = checkpoint["state_dict"]
     if LEARNED not in state and CHOSEN in state:
         scales = len(state[CHOSEN])
@@ -156,7 +158,15 @@ def saved_hyper_parameters(path: str | Path, weights_only: bool, safe_globals: S
         return {}
     with anomalib_safe_globals(extra=safe_globals):
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
-    return UNSAVED | dict(checkpoint.get("hyper_parameters", {}))
+    return _hyper_parameters(checkpoint)
+
+
+def _hyper_parameters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's hyper-parameters, and the width of the encoder, which earlier versions did not save."""
+    saved = dict(checkpoint.get("hyper_parameters", {}))
+    filters = len(checkpoint.get("state_dict", {}).get(FIRST_LAYER, ()))
+    fitting = [size for size, channels in SMALL_CHANNELS.items() if channels[0] == filters]
+    return {"model_size": fitting[0]} | saved if fitting else saved
 
 
 def engine_frame(method: str) -> FrameType | None:

@@ -491,7 +491,10 @@ CHANGES: dict[str, tuple[Callable[[np.ndarray, int], np.ndarray], str | None]] =
     "light": (lambda pixels, _: 0.9 * pixels, "brightness"),
     "colour": (lambda pixels, _: pixels * np.array([1.0, 0.93, 1.0]), "red against green"),
     "focus": (lambda pixels, _: (pixels + np.roll(pixels, 1, 0) + np.roll(pixels, 1, 1)) / 3, "sharpness"),
-    "another material": (lambda pixels, _: pixels.transpose(1, 0, 2)[:144], "share of patches of kind"),
+    "another material": (
+        lambda pixels, index: np.random.default_rng(index).uniform(0, 255, pixels.shape),
+        "share of patches of kind",
+    ),
 }
 
 

@@ -102,13 +102,13 @@ def test_training_images_score_lower_than_others() -> None:
 
 
 def test_one_scale_is_the_papers() -> None:
-    model = PedenetModel(patch_sizes=(64,), batch_norm=False)
+    model = PedenetModel(patch_sizes=(64,), batch_norm=False, model_size="medium")
     assert sum(p.numel() for p in model.parameters()) == 467_378
     assert set(model.scorers) == {"64"}
 
 
 def test_the_small_scale_alone_has_no_large_encoder() -> None:
-    model = PedenetModel(patch_sizes=(32,))
+    model = PedenetModel(patch_sizes=(32,), model_size="medium")
     assert sum(p.numel() for p in model.parameters()) == 427_314
     assert set(model.embedding_network.embed_dense(torch.zeros(1, 3, 56, 56))) == {32}
     with pytest.raises(ValueError, match="Patches must be 32x32 px, got"):
