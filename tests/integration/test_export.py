@@ -25,6 +25,7 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_pedenet import Pedenet
 from anomalib_pedenet.host.export import OPSETS
+from anomalib_pedenet.networks import SMALL_CHANNELS
 
 
 @pytest.fixture(scope="module")
@@ -296,15 +297,15 @@ def test_half_precision_keeps_the_map(
 def test_no_large_constant_is_kept_in_32_bits_by_a_compressed_model(
     openvino_predictions: dict[str, tuple[openvino.Model, list[dict[str, np.ndarray]]]], name: str
 ) -> None:
-    def bytes_in_32_bits(kind: str) -> int:
+    def largest_in_32_bits(kind: str) -> int:
         operations = openvino_predictions[kind][0].get_ordered_ops()
         constants = [operation for operation in operations if operation.get_type_name() == "Constant"]
-        return sum(
-            constant.get_byte_size() for constant in constants if constant.get_element_type() == openvino.Type.f32
-        )
+        sizes = [constant.get_byte_size() for constant in constants if constant.get_element_type() == openvino.Type.f32]
+        return max(sizes, default=0)
 
-    assert bytes_in_32_bits("none") > 100_000
-    assert bytes_in_32_bits(name) < 1000
+    assert largest_in_32_bits("none") > 10_000
+    # NNCF keeps the scale of each filter, of as many layers as are scored, which differ from training to training.
+    assert largest_in_32_bits(name) <= 4 * max(SMALL_CHANNELS["small"])
 
 
 def test_an_export_in_half_precision_leaves_the_model_as_it_was(trained: tuple[Engine, Path], tmp_path: Path) -> None:
