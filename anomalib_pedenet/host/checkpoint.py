@@ -347,6 +347,8 @@ class PedenetCheckpointMixin(LightningModule):
             raise TypeError(msg)
         check_checkpoint_file(checkpoint_path, weights_only, cls.checkpoint_safe_globals())
         saved = saved_hyper_parameters(checkpoint_path, weights_only, cls.checkpoint_safe_globals())
+        # Lightning reads the file's arguments itself, among which earlier versions did not save the encoder's width.
+        width = {"model_size": saved["model_size"]} if "model_size" in saved else {}
         token = _SAVED.set(saved)
         try:
             return super().load_from_checkpoint(
@@ -355,7 +357,7 @@ class PedenetCheckpointMixin(LightningModule):
                 hparams_file=hparams_file,
                 strict=strict,
                 weights_only=weights_only,
-                **{name: saved[name] for name in saved if name == "model_size"} | (kwargs or _asked_of_export(saved)),
+                **width | (kwargs or _asked_of_export(saved)),
             )
         finally:
             _SAVED.reset(token)

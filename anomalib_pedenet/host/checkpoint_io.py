@@ -34,11 +34,11 @@ LEARNED = "model.learned"
 CHOSEN = "model._extra_state"
 """Name of what was chosen from normal images."""
 
-FIRST_LAYER = "model.embedding_network.small_encoder.0.weight"
-"""Name of the weights of the first convolution."""
-
 NETWORK = "model.embedding_network."
 """First part of the names of the weights that every checkpoint of this model has."""
+
+FIRST_LAYER = f"{NETWORK}small_encoder.0.weight"
+"""Name of the weights of the first convolution."""
 
 
 def check_checkpoint_file(

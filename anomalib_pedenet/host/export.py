@@ -146,8 +146,9 @@ class PedenetExportMixin(ExportMixin):
             raise ModuleNotFoundError(msg, name="nncf")
         from anomalib_pedenet.host import quantization
 
+        model = quantization.halve(model)
         if compression_type == CompressionType.INT8:
-            return quantization.compress_weights(quantization.halve(model))
+            return quantization.compress_weights(model)
         if datamodule is None:
             msg = (
                 f"Datamodule must be provided for {CompressionType(compression_type).name}, which needs images to "
@@ -164,9 +165,8 @@ class PedenetExportMixin(ExportMixin):
         chosen = spread(len(loader.dataset), quantization.MAX_CALIBRATION_IMAGES)
         images = NormalImages(loader, None, torch.device("cpu"), chosen)
         if compression_type == CompressionType.INT8_PTQ:
-            return quantization.quantize(quantization.halve(model), images)
+            return quantization.quantize(model, images)
         validation = datamodule.val_data
         labelled = DataLoader(validation, batch_size=1, collate_fn=validation.collate_fn)
         metric = metric or F1Score(fields=["pred_label", "gt_label"])
-        halved = quantization.halve(model)
-        return quantization.quantize_with_accuracy_control(halved, images, labelled, metric, max_drop)
+        return quantization.quantize_with_accuracy_control(model, images, labelled, metric, max_drop)

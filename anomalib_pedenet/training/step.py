@@ -76,7 +76,8 @@ class TrainingStep:
         Raises:
             ValueError: If the images are too small, or a covariance is not positive definite.
         """
-        hparams, self._joint.uses_bfloat16 = self._hparams, precision == "bfloat16"
+        hparams = self._hparams
+        self._joint.uses_bfloat16 = precision == "bfloat16"
         scale = torch.full((), density_scale, device=images.device)
         disturbance = {"color_shift": hparams["color_shift"], "noise": hparams["noise"]}
         if hparams["training_mode"] == "patchwise":

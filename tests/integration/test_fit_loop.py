@@ -19,21 +19,10 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from anomalib_pedenet import Pedenet
+from tests.integration import trainings
 from tests.integration.conftest import write_dataset
 
-SMALL: dict[str, Any] = {
-    "image_size": (112, 128),
-    "patch_sizes": [32],
-    "stride": 16,
-    "bank_stride": 16,
-    "bank_size": 50,
-    "crops_per_step": 1,
-    "crop_size": 64,
-    "patches_per_step": 64,
-    "pairs_per_step": 64,
-    "train_precision": "float32",
-    "seed": 0,
-}
+SMALL: dict[str, Any] = trainings.SMALL | {"steps_per_image": None, "seed": 0}
 
 
 class StopAt(Callback):

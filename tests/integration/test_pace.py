@@ -16,20 +16,8 @@ from anomalib_pedenet import Pedenet
 from anomalib_pedenet.host.checkpoint import TRAINING
 from anomalib_pedenet.training import pace
 from anomalib_pedenet.training.step import TrainingStep
+from tests.integration.trainings import SMALL
 
-SMALL: dict[str, Any] = {
-    "image_size": (112, 128),
-    "patch_sizes": [32],
-    "stride": 16,
-    "bank_stride": 16,
-    "bank_size": 50,
-    "crops_per_step": 1,
-    "crop_size": 64,
-    "patches_per_step": 64,
-    "pairs_per_step": 64,
-    "steps_per_image": 1,
-    "visualizer": False,
-}
 FIRST = 2 * pace.TURNS
 
 
@@ -67,7 +55,7 @@ def train(
     checkpoint: Path | None = None,
     **options: Any,  # noqa: ANN401
 ) -> tuple[Noting, Path]:
-    model = Noting(**SMALL | options)
+    model = Noting(**SMALL | {"train_precision": "auto", "visualizer": False} | options)
     engine = Engine(default_root_dir=root, enable_progress_bar=False, limit_val_batches=0)
     engine.fit(model, datamodule=datamodule, ckpt_path=checkpoint)
     return model, Path(engine.best_model_path)
