@@ -13,9 +13,10 @@ Example:
 
 from anomalib_pedenet.host.registration import register
 from anomalib_pedenet.lightning_model import Pedenet
+from anomalib_pedenet.recipe import Recipe
 from anomalib_pedenet.torch_model import PedenetModel
 
 __version__ = "0.1.0"
-__all__ = ["Pedenet", "PedenetModel", "__version__"]
+__all__ = ["Pedenet", "PedenetModel", "Recipe", "__version__"]
 
 register()

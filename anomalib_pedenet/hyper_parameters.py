@@ -14,6 +14,7 @@ from anomalib_pedenet.loss import DensityLossType, PedenetLoss
 from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.networks import ModelSize
 from anomalib_pedenet.patches import BASE_STRIDE, MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE, minimum_training_size
+from anomalib_pedenet.recipe import LearningRateSchedule, TrainingMode
 from anomalib_pedenet.scales import AUTO_SCORER, default_scored_sizes
 from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.scorers.nearest_neighbor import check_bank_size
@@ -32,8 +33,6 @@ _OF_A_WHOLE_TRAINING = ("seed", "learning_rate", "lr_schedule")
 _OF_THE_BANK = ("roi", "scored_sizes", "scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight")
 _OF_SCORING = ("stride", "combination")
 
-TrainingMode = Literal["dense", "patchwise"]
-LearningRateSchedule = Literal["one_cycle", "constant"]
 TrainPrecision = Literal["auto", "float32", "bfloat16"]
 
 

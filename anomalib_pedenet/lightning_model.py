@@ -15,6 +15,7 @@ Example:
 import inspect
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,8 +36,6 @@ from anomalib_pedenet.host.checkpoint import PedenetCheckpointMixin
 from anomalib_pedenet.host.export import PedenetExportMixin
 from anomalib_pedenet.host.exportable_resize import resize_as_in_training
 from anomalib_pedenet.hyper_parameters import (
-    LearningRateSchedule,
-    TrainingMode,
     TrainPrecision,
     changes,
     check_image_size,
@@ -45,11 +44,10 @@ from anomalib_pedenet.hyper_parameters import (
     resolve,
     validate,
 )
-from anomalib_pedenet.loss import DensityLossType
-from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.networks import ModelSize
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.post_processor import PedenetPostProcessor
+from anomalib_pedenet.recipe import DEFAULT_RECIPE, Recipe, change_recipe
 from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.torch_model import PedenetModel
 from anomalib_pedenet.training.hooks import PedenetTrainingMixin
@@ -114,19 +112,8 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
             normal images. Defaults to ``"auto"``.
         model_size (str): Width of the small encoder: ``"small"``, or ``"medium"``, as in Patch-SVDD, which takes three
             times as long. Defaults to ``"small"``.
-        embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
-        num_components (int): Number K of Gaussian mixture components. Defaults to ``10``.
-        batch_norm (bool): Whether batch normalisation follows the small encoder's convolutions. The paper mentions
-            none, but surfaces hardly train without it. Defaults to ``True``.
         max_steps (int): Training length in optimizer steps. A smaller ``Trainer`` limit (``max_steps``, ``max_epochs``)
             stands. Defaults to ``1500``.
-        max_steps_at_chance (int | None): Training length where ``max_steps`` is longer, but location prediction has
-            learned so little after two thirds of this that its own scale does not count. On such surfaces the
-            mid-level embeddings, which are scored instead, get worse with longer training. ``None`` to train for
-            ``max_steps`` in any case. Defaults to ``1500``.
-        steps_per_image (int | None): Optimizer steps made for every training image in an epoch, so that each image is
-            decoded once for several steps. ``None`` makes ``max_steps`` about three epochs, whatever the
-            number of images; each epoch ends with a validation. Defaults to ``None``.
         holdout (float): Fraction of the training images, from 0 to 0.5, that are held back from training and memory
             bank. At each validation a defect is drawn on each of them (at most 32, and 256 MiB), and how well those
             are found is logged as ``drawn_pixel_AUROC`` and ``drawn_image_AUROC``: figures to stop, to keep the best
@@ -134,45 +121,13 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
             on).
         cache_gib (float): Memory for training images that have been decoded, in GiB, on the training device. Crops are
             drawn from all of them. Defaults to ``2.0``.
-        training_mode (str): ``"dense"`` trains on crops whose patches share their computation; ``"patchwise"`` on
-            separately cut patches, as the paper does. Defaults to ``"dense"``.
-        crops_per_step (int): Crops in a step (dense training); each is seen in two disturbed views,
-            and in one with drawn defects. Defaults to ``3``.
-        crop_size (int): Side of a crop in pixels (dense training). Defaults to ``128``.
-        patches_per_step (int): Patches for the density loss in a step; the paper has 128. Defaults to ``1024``.
-        pairs_per_step (int): Pairs of neighbouring patches for location prediction in a step; the paper has 36.
-            Defaults to ``1024``.
-        color_shift (float): Standard deviation of the random colour shift of each view and channel, in units of the
-            normalised images (whose standard deviation is about 1). Defaults to ``0.1``.
-        noise (float): Standard deviation of the random noise of each view's pixels, likewise. Defaults to ``0.1``.
-        learning_rate (float): Adam's learning rate, the peak of the one-cycle schedule. Defaults to ``1e-3``.
-        lr_schedule (str): ``"one_cycle"`` or ``"constant"`` (the paper's). Defaults to ``"one_cycle"``.
-        lambda_den (float): Weight lambda_1 of the density loss L_DEN. Too large a weight makes all embeddings equal
-            (collapse). Defaults to ``1e-4``.
-        lambda_lpn (float): Weight lambda_2 of the location prediction loss L_LPN. Defaults to ``1.0``.
-        lambda_reg (float): Weight lambda_3 of the covariance regularisation L_reg. Defaults to ``1e-7``.
-        lambda_var (float): Weight of the variance loss L_var, which keeps embeddings from becoming equal while location
-            prediction has not learned anything yet; the paper has none (0). Defaults to ``1.0``.
-        min_std (float): Standard deviation of the embeddings (in -1..1) below which L_var acts. Defaults to ``0.25``.
-        lambda_syn (float): Weight of the synthetic-defect loss L_syn, which asks the embeddings to tell patches with
-            drawn defects from those without (dense training only). It counts as far as location prediction fails:
-            times ``min(1, L_LPN / log 8)^2``. The paper has none (0). Defaults to ``1.0``.
-        lambda_svdd (float): Weight of the compactness loss L_SVDD', which Patch-SVDD has in place of L_DEN: patches a
-            pixel or two apart are to have the same embedding. Its authors take ``1e-3``. Defaults to ``0`` (left out).
-        density_loss (str): Reading of Eq. 9: ``"dagmm"`` (mean of the logarithms) or ``"paper"`` (logarithm of the
-            sum, as printed). Defaults to ``"dagmm"``.
-        density_warmup (float): Fraction of the training before L_DEN and L_reg set in; over the same fraction again
-            they rise to full weight. Without it they shrink embeddings that have not learned anything yet.
-            Defaults to ``0.25``.
-        covariance_type (str): Covariances of the mixture, ``"diag"`` or ``"full"``. Defaults to ``"diag"``.
-        covariance_jitter (float): Added to the covariances' diagonals. Defaults to ``1e-3``.
         train_precision (str): Arithmetic of the networks in training: ``"float32"``, ``"bfloat16"`` (autocast), or
             ``"auto"`` for the faster of the two: on a CPU found by timing the first steps. Scoring is not affected.
             Defaults to ``"auto"``.
-        cuda_graph (bool): Whether steps on a GPU are recorded and launched as a whole, which takes a fraction of the
-            time. Several processes, full covariances and patch-by-patch training do without. Defaults to ``True``.
         seed (int | None): Seed of weights and training, which make the same result then on the same machine and number
             of threads. ``None`` to draw from the program's generators. Defaults to ``None``.
+        recipe (Recipe): How a training goes about it: crops, losses, and the numbers of the networks, which experiments
+            change and users leave alone; see :class:`anomalib_pedenet.Recipe`.
         pre_trained (bool): Must be ``False``: Pedenet is trained from scratch and has no weights to load. Accepted so
             that one benchmark configuration can pass ``pre_trained: false`` to every model. Defaults to ``False``.
         pre_processor (PreProcessor | bool): Pre-processor instance, or whether to use the default one, which resizes to
@@ -180,14 +135,17 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
         post_processor (PostProcessor | bool): Post-processor instance or flag. Defaults to ``True``.
         evaluator (Evaluator | bool): Evaluator instance or flag. Defaults to ``True``.
         visualizer (Visualizer | bool): Visualizer instance or flag. Defaults to ``True``.
+        **of_recipe: Parts of the recipe by their own names: ``Pedenet(noise=0.3)`` is
+            ``Pedenet(recipe=Recipe(noise=0.3))``. Not on the command line.
 
     Raises:
         ValueError: If an argument is outside its range; the message names it, the limit and the value.
+        TypeError: If an argument is unknown.
 
     Example:
-        >>> model = Pedenet(stride=4, max_steps=1200)
-        >>> model.model.stride
-        4
+        >>> model = Pedenet(stride=4, max_steps=1200, recipe=Recipe(noise=0.3))
+        >>> model.model.stride, model.hparams.noise
+        (4, 0.3)
 
     Reference:
         K. Zhang, B. Wang, C.-C. J. Kuo, "PEDENet: Image Anomaly Localization via Patch Embedding and Density
@@ -209,44 +167,21 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
         bank_seed: int = 0,
         position_weight: float | Literal["auto"] = "auto",
         model_size: ModelSize = "small",
-        embedding_dim: int = 64,
-        num_components: int = 10,
-        batch_norm: bool = True,
         max_steps: int = 1500,
-        max_steps_at_chance: int | None = 1500,
-        steps_per_image: int | None = None,
         holdout: float = 0.0,
         cache_gib: float = 2.0,
-        training_mode: TrainingMode = "dense",
-        crops_per_step: int = 3,
-        crop_size: int = 128,
-        patches_per_step: int = 1024,
-        pairs_per_step: int = 1024,
-        color_shift: float = 0.1,
-        noise: float = 0.1,
-        learning_rate: float = 1e-3,
-        lr_schedule: LearningRateSchedule = "one_cycle",
-        lambda_den: float = 1e-4,
-        lambda_lpn: float = 1.0,
-        lambda_reg: float = 1e-7,
-        lambda_var: float = 1.0,
-        min_std: float = 0.25,
-        lambda_syn: float = 1.0,
-        lambda_svdd: float = 0.0,
-        density_loss: DensityLossType = "dagmm",
-        density_warmup: float = 0.25,
-        covariance_type: CovarianceType = "diag",
-        covariance_jitter: float = 1e-3,
         train_precision: TrainPrecision = "auto",
-        cuda_graph: bool = True,
         seed: int | None = None,
+        recipe: Recipe = DEFAULT_RECIPE,
         pre_trained: bool = False,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
+        **of_recipe: Any,  # noqa: ANN401 - as diverse as the recipe
     ) -> None:
         check_image_size(image_size)
+        recipe = change_recipe(recipe, of_recipe)
         components = dict(zip(_COMPONENTS, (pre_processor, post_processor, evaluator, visualizer), strict=True))
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(tuple(image_size))
@@ -258,9 +193,12 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
         )
         resize_as_in_training(self.pre_processor)
         self._given_components = {name: part for name, part in components.items() if part is not True}
+        # They are kept side by side, as a checkpoint holds them, and not as objects.
+        self.hparams.pop("recipe")
+        self.hparams.update(asdict(recipe))
         hparams = resolve(self.hparams)
         validate(hparams)
-        self._given = changes(self.hparams, _defaults())
+        self._given = changes(self.hparams, hyper_parameter_defaults())
         self.hparams.update(hparams)
         self._build()
         # One batch of images serves several optimizer steps, see `training_step`.
@@ -352,7 +290,9 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
         return batch.update(**predictions._asdict())
 
 
-def _defaults() -> dict[str, Any]:
-    """Return the default values of all hyper-parameters."""
-    parameters = inspect.signature(Pedenet.__init__).parameters
-    return {name: value.default for name, value in parameters.items() if name not in {"self", *_COMPONENTS}}
+def hyper_parameter_defaults() -> dict[str, Any]:
+    """Return the default values of all hyper-parameters, the recipe's among them."""
+    parameters = inspect.signature(Pedenet.__init__).parameters.values()
+    left_out = {"self", "recipe", *_COMPONENTS}
+    given = {one.name: one.default for one in parameters if one.name not in left_out and one.kind != one.VAR_KEYWORD}
+    return given | asdict(DEFAULT_RECIPE)

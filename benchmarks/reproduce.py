@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -141,7 +142,10 @@ def arguments_of(model: dict[str, Any]) -> dict[str, str]:
         dict[str, str]: Values by name, as they print.
     """
     parameters = inspect.signature(getattr(models, model["class_path"].split(".")[-1])).parameters
-    values = {name: parameter.default for name, parameter in parameters.items()} | model.get("init_args", {})
+    values = {name: parameter.default for name, parameter in parameters.items()}
+    values.pop("of_recipe", None)
+    values = asdict(values.pop("recipe")) | values if "recipe" in values else values
+    values |= model.get("init_args", {})
     if "stride" in values:  # what `None` stands for is a default, too
         values = resolve(values)
     return {"class_path": model["class_path"], **{name: repr(value) for name, value in values.items()}}

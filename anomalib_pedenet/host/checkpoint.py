@@ -12,6 +12,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_pedenet.host.exportable_resize import resize_as_in_training
 from anomalib_pedenet.hyper_parameters import Purpose, changes, changes_bank, check_changes, resolve
+from anomalib_pedenet.recipe import DEFAULT_RECIPE
 from anomalib_pedenet.torch_model import PedenetModel
 
 if TYPE_CHECKING:
@@ -341,7 +343,10 @@ class PedenetCheckpointMixin(LightningModule):
         from anomalib_pedenet.host.checkpoint_io import check_checkpoint_file, saved_hyper_parameters
 
         classes = cls.__mro__[: cls.__mro__.index(PedenetCheckpointMixin)]  # a subclass may hand arguments on
-        unknown = set(kwargs) - {name for one in classes for name in inspect.signature(one).parameters}
+        known = {name for one in classes for name in inspect.signature(one).parameters}
+        if "recipe" in kwargs:
+            kwargs |= asdict(kwargs.pop("recipe"))  # a checkpoint holds its parts side by side
+        unknown = set(kwargs) - known - set(asdict(DEFAULT_RECIPE))
         if unknown:
             msg = f"Pedenet has no argument {', '.join(sorted(unknown))}."
             raise TypeError(msg)

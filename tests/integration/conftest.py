@@ -3,12 +3,17 @@
 
 """A small data set and a short training that the integration tests share."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from anomalib.data import MVTecAD
 from PIL import Image
+
+from anomalib_pedenet import Recipe
 
 
 def write_dataset(root: Path, num_train: int = 6, size: tuple[int, int] = (144, 160)) -> Path:
@@ -33,6 +38,13 @@ def write_dataset(root: Path, num_train: int = 6, size: tuple[int, int] = (144, 
         write(root / f"stripes/test/square/{index:03}.png", defective)
         write(root / f"stripes/ground_truth/square/{index:03}_mask.png", mask)
     return root
+
+
+def model_options(arguments: dict[str, Any]) -> list[str]:
+    """Return arguments of Pedenet as options of anomalib's command line."""
+    names = {name: f"recipe.{name}" if name in asdict(Recipe()) else name for name in arguments}
+    values = arguments.items()
+    return [part for name, value in values for part in (f"--model.{names[name]}", json.dumps(value).strip('"'))]
 
 
 @pytest.fixture(scope="session")

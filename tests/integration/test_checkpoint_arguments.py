@@ -4,8 +4,8 @@
 """The command line crossed with a checkpoint: every argument is used, or refused by its name."""
 
 import inspect
-import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import pytest
 import torch
 from anomalib.cli import AnomalibCLI
 
-from anomalib_pedenet import Pedenet
+from anomalib_pedenet import Pedenet, Recipe
 from anomalib_pedenet.hyper_parameters import changes, check_changes
-from tests.integration.conftest import write_dataset
+from tests.integration.conftest import model_options, write_dataset
 
 TRAINED: dict[str, Any] = {
     "image_size": [112, 128],
@@ -126,13 +126,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data"), num_train=4, size=(112, 128))
 
 
-def arguments(values: dict[str, Any]) -> list[str]:
-    return [part for name, value in values.items() for part in (f"--model.{name}", json.dumps(value).strip('"'))]
-
-
 def run(command: str, data: Path, checkpoint: Path | None, asked: dict[str, Any]) -> Pedenet:
     """Run a command of anomalib, and return the model that it used."""
-    options = ["--model", "Pedenet", *arguments(asked), "--trainer.enable_progress_bar", "false"]
+    options = ["--model", "Pedenet", *model_options(asked), "--trainer.enable_progress_bar", "false"]
     options += ["--trainer.accelerator", "cpu"]
     if checkpoint is not None:
         options += ["--ckpt_path", str(checkpoint)]
@@ -183,7 +179,8 @@ def value_in_use(model: Pedenet, name: str) -> Any:  # noqa: ANN401
 
 
 def test_all_arguments_are_here() -> None:
-    assert set(OTHER) == set(inspect.signature(Pedenet).parameters)
+    parameters = set(inspect.signature(Pedenet).parameters) - {"recipe", "of_recipe"}
+    assert set(OTHER) == parameters | set(asdict(Recipe()))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -13,6 +13,8 @@ import torch
 import yaml
 from anomalib.cli import AnomalibCLI
 
+from tests.integration.conftest import model_options
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY: dict[str, Any] = {
     "image_size": [144, 160],
@@ -38,7 +40,7 @@ def options(prefix: str, values: dict[str, Any]) -> list[str]:
 def train(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train from the command line, and look at what is left."""
     monkeypatch.chdir(folder)
-    AnomalibCLI(["train", *arguments, *options("model", TINY), *options("data", LOADING)])
+    AnomalibCLI(["train", *arguments, *model_options(TINY), *options("data", LOADING)])
     (path,) = folder.rglob("*.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["global_step"] == 2

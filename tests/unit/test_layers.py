@@ -13,7 +13,7 @@ LAYERS = [
     {"dense_embedding", "scales"},
     {"scoring_model"},
     {"torch_model"},
-    {"hyper_parameters", "data"},
+    {"recipe", "hyper_parameters", "data"},
     {"host"},
     {"training"},
     {"lightning_model"},

@@ -4,16 +4,18 @@
 """Arguments of the Lightning module: defaults, limits and messages."""
 
 import inspect
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from anomalib.models import get_model
 from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import Resize
 
-from anomalib_pedenet import Pedenet
+from anomalib_pedenet import Pedenet, Recipe
 
 DEFAULTS = Path(__file__).parents[2] / "configs" / "model" / "pedenet.yaml"
 
@@ -80,14 +82,18 @@ def test_values_outside_their_range_are_refused(arguments: dict[str, Any], messa
 def test_every_argument_is_documented() -> None:
     documented = inspect.getdoc(Pedenet)
     assert documented is not None
-    for name in inspect.signature(Pedenet).parameters:
+    for name in set(inspect.signature(Pedenet).parameters) - {"of_recipe"}:
         assert f"\n    {name} (" in documented, name
+    assert "\n    **of_recipe: " in documented
+    for name in asdict(Recipe()):
+        assert f"\n    {name} (" in (inspect.getdoc(Recipe) or ""), name
 
 
 def test_the_default_configuration_lists_every_default() -> None:
     init_args = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))["init_args"]
     defaults = {name: parameter.default for name, parameter in inspect.signature(Pedenet).parameters.items()}
-    parts = {"pre_processor", "post_processor", "evaluator", "visualizer"}
+    parts = {"pre_processor", "post_processor", "evaluator", "visualizer", "of_recipe"}
+    defaults["recipe"] = asdict(defaults["recipe"])
     expected = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in defaults.items()
@@ -95,6 +101,26 @@ def test_the_default_configuration_lists_every_default() -> None:
     }
     assert init_args == expected
     assert list(init_args) == list(expected)
+    assert list(init_args["recipe"]) == list(expected["recipe"])
+
+
+def test_the_recipe_can_be_given_whole_or_in_parts() -> None:
+    for model in (
+        Pedenet(recipe=Recipe(noise=0.3, num_components=4)),
+        Pedenet(noise=0.3, num_components=4),
+        Pedenet(recipe=Recipe(noise=0.3), num_components=4),
+        Pedenet(recipe=Recipe(noise=0.2, num_components=4), noise=0.3),
+        get_model({"class_path": "Pedenet", "init_args": {"recipe": {"noise": 0.3, "num_components": 4}}}),
+    ):
+        assert dict(model.hparams) == dict(Pedenet().hparams) | {"noise": 0.3, "num_components": 4}
+    assert "recipe" not in Pedenet().hparams
+
+
+def test_unknown_arguments_are_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"Pedenet has no argument depth, and its recipe none either"):
+        Pedenet(depth=3)
+    with pytest.raises(TypeError, match=r"Pedenet has no argument depth"):
+        Pedenet(recipe={"depth": 3})
 
 
 def test_image_size_goes_to_the_pre_processor_unless_one_is_given() -> None:
