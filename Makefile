@@ -25,7 +25,7 @@ STAMP := $(VENV)/.installed
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv test quick test-all test-latest test-oldest lint format docs demo bench-train bench-settings bench-scoring bench-scorers bench-coresets bench-step bench-latency bench-gpu bench-accuracy bench-scales reproduce results clean
+.PHONY: help setup venv test quick test-all test-latest test-oldest lint format docs demo bench-train bench-settings bench-scorers bench-coresets bench-step bench-latency bench-gpu bench-accuracy bench-ways reproduce results clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,14 +82,8 @@ bench-settings: $(STAMP) ## Rank settings by drawn defects and by the test image
 	$(BIN)/python benchmarks/train.py --data $(DATA) --seeds $(SEEDS) --base "$(BASE)" --holdout 0.15 \
 	    --settings benchmarks/settings.yaml --output runs/settings_$(notdir $(DATA:.yaml=))
 
-bench-scoring: $(STAMP) ## Train once and score in many ways, in runs/ (the same variables)
-	$(BIN)/python benchmarks/scoring.py --data $(DATA) --seeds $(SEEDS) --base "$(BASE)" \
-	    --output runs/scoring_$(notdir $(DATA:.yaml=))
-
-bench-scorers: $(STAMP) ## Compare scorers and other searches: time, recall, bytes; and score one training with each, in runs/ (the same variables)
+bench-scorers: $(STAMP) ## Compare scorers and other searches: time, recall, bytes; in runs/
 	$(BIN)/python benchmarks/scorers.py --output runs/scorers
-	$(BIN)/python benchmarks/scoring.py --ways scorers --data $(DATA) --seeds $(SEEDS) --base "$(BASE)" \
-	    --output runs/scorers_$(notdir $(DATA:.yaml=))
 
 bench-coresets: $(STAMP) ## Build small memory banks from two million embeddings: time, memory, quality, in runs/
 	$(BIN)/python benchmarks/coresets.py --output runs/coresets
@@ -118,8 +112,10 @@ bench-accuracy: $(STAMP) ## Compare methods on many data sets, JOBS=2 at a time,
 	    --output $(ACCURACY) \
 	    $(if $(NAMES),--names "$(NAMES)") $(if $(METHODS),--methods "$(METHODS)")
 
-bench-scales: $(STAMP) ## Score the checkpoints of bench-accuracy at every scale and weigh the scales in several ways, in runs/scales (SETS=... ACCURACY=...)
-	$(BIN)/python benchmarks/scales.py --sets $(SETS) --runs $(ACCURACY)/runs --output runs/scales $(if $(NAMES),--names "$(NAMES)")
+bench-ways: $(STAMP) ## Train once on each data set and score in many ways: scorers, scales, banks, strides; in runs/ways (the same variables)
+	$(BIN)/python benchmarks/accuracy.py --sets $(SETS) --seeds "$(SEEDS)" --jobs $(JOBS) \
+	    --methods_file benchmarks/ways.yaml --output runs/ways \
+	    $(if $(NAMES),--names "$(NAMES)") $(if $(METHODS),--methods "$(METHODS)")
 
 results: $(STAMP) ## Render docs/results.md from the rows in benchmarks/measured (`make reproduce RESULTS=benchmarks/measured` adds some)
 	$(BIN)/python benchmarks/report.py benchmarks/measured --docs docs

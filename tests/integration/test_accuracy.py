@@ -73,8 +73,8 @@ def describe(dataset_root: Path, folder: Path) -> list[str]:
     return ["--sets", str(folder / "sets.yaml"), "--methods_file", str(folder / "methods.yaml")]
 
 
-def run(*options: str, script: str = "accuracy.py") -> str:
-    command = [sys.executable, str(BENCHMARKS / script), *options]
+def run(*options: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / "accuracy.py"), *options]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
@@ -91,18 +91,6 @@ def test_methods_are_compared_and_what_is_finished_is_kept(dataset_root: Path, t
     assert scores.loc["By place", "pixel_F1Max"] != scores.loc["Pedenet", "pixel_F1Max"]
     # All can tell a bright square; this would be 0.5 if scores lost their order.
     assert (scores[["pixel_AUROC", "image_AUROC"]] > 0.9).all(axis=None)
-
-    sets, runs, scales = options[1], str(tmp_path / "out" / "runs"), tmp_path / "scales"
-    for _ in range(2):  # the second time nothing is left to do
-        run("--sets", sets, "--runs", runs, "--output", str(scales), script="scales.py")
-        rows = pd.read_csv(scales / "scales.csv")
-        assert list(rows["size"]) == [size for size in (16, 24, 32, 64) for _ in range(3)]
-        assert (rows["spread"] > 0).all()
-        ways = pd.read_csv(scales / "weights.csv")
-        assert len(ways) == 2 * 3 * 4
-        assert ways.filter(like="weight_").sum(axis=1).to_numpy() == pytest.approx(1, abs=0.003)
-        assert ways.loc[ways["learned^"] + ways["1/spread^"] == 0, "weight_64"].to_list() == [0.25, 0.25]
-        assert ways[["pixel_AUROC", "image_AUROC"]].stack().between(0, 1).all()
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").iterdir()}
     said = run(*options, "--methods", "Pedenet")

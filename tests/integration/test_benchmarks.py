@@ -17,6 +17,7 @@ import yaml
 from sklearn.metrics import roc_auc_score
 
 from anomalib_pedenet import Pedenet
+from anomalib_pedenet.hyper_parameters import changes, check_changes
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BASE = "{max_steps: 4, image_size: [144, 160], crops_per_step: 1, bank_size: 300}"
@@ -39,13 +40,27 @@ def run(script: str, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
-SETTINGS = sorted(set(BENCHMARKS.glob("*.yaml")) - {BENCHMARKS / "methods.yaml"})
+METHODS = {BENCHMARKS / "methods.yaml", BENCHMARKS / "ways.yaml"}
+SETTINGS = sorted(set(BENCHMARKS.glob("*.yaml")) - METHODS)
 
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
 def test_settings_are_arguments_of_the_model(path: Path) -> None:
     for name, arguments in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         assert Pedenet(**arguments).hparams.items() >= arguments.items(), name
+
+
+def test_ways_of_scoring_are_arguments_beside_trained_weights() -> None:
+    """What cannot be changed for a checkpoint is no way of scoring it."""
+    first, *ways = yaml.safe_load((BENCHMARKS / "ways.yaml").read_text(encoding="utf-8")).items()
+    assert first[0] == "Pedenet"
+    defaults = Pedenet().hparams
+    for name, way in ways:
+        assert way["weights_of"] == "Pedenet"
+        hparams = Pedenet(**way["model"]["init_args"]).hparams
+        asked = changes(hparams, defaults)
+        assert asked, name
+        check_changes(asked, hparams, defaults, "evaluate")
 
 
 def test_batches_of_a_validation_compare_whatever_their_range(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,30 +87,6 @@ def test_settings_are_ranked_by_drawn_defects_and_a_benchmark_goes_on(data: list
     assert (rows["steps"] == 4).all()
     curves = pd.read_csv(f"{output}_curve.csv")
     assert (curves.groupby("settings")["seconds"].diff().dropna() > 0).all()
-
-
-@pytest.mark.slow
-def test_every_way_of_scoring_is_measured_on_one_training(data: list[str], tmp_path: Path) -> None:
-    output = tmp_path / "scoring"
-    table = run("scoring.py", *data, "--base", BASE, "--holdout", "0.34", "--output", str(output))
-    rows = pd.read_csv(f"{output}.csv").set_index("way")
-    assert len(rows) > 20
-    assert "stride 2" in table
-    # What cannot differ does not: four training images have fewer rows than the default bank.
-    assert (rows.loc["bank_size 50000", "pixel_AUROC"]) == rows.loc["defaults", "pixel_AUROC"]
-    assert rows.loc["stride 2", "pixel_AUROC"] != rows.loc["stride 32", "pixel_AUROC"]
-
-
-@pytest.mark.slow
-def test_every_scorer_is_measured_on_one_training(data: list[str], tmp_path: Path) -> None:
-    output = tmp_path / "scorers"
-    run("scoring.py", *data, "--base", BASE, "--holdout", "0.34", "--ways", "scorers", "--output", str(output))
-    rows = pd.read_csv(f"{output}.csv").set_index("way")
-    assert {"density", "mahalanobis", "ocsvm", "svdd", "faiss_ivf", "local, radius 1"} <= set(rows.index)
-    # What is the same search does the same.
-    assert rows.loc["faiss_flat", "pixel_AUROC"] == pytest.approx(rows.loc["exact", "pixel_AUROC"], abs=2e-4)
-    assert rows.loc["exact, uniform, 500 rows", "bytes"] < rows.loc["exact", "bytes"]
-    assert (rows[["fit_seconds", "score_ms"]] >= 0).all().all()
 
 
 @pytest.mark.slow
