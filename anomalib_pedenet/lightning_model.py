@@ -31,11 +31,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from anomalib_pedenet.anomaly_map import Combination
-from anomalib_pedenet.data.input_files import InputFiles, check_finite, check_images, naming_files
-from anomalib_pedenet.host.checkpoint import PedenetCheckpointMixin
-from anomalib_pedenet.host.export import PedenetExportMixin
-from anomalib_pedenet.host.exportable_resize import resize_as_in_training
-from anomalib_pedenet.hyper_parameters import (
+from anomalib_pedenet.argument_checks import (
     TrainPrecision,
     changes,
     check_image_size,
@@ -44,6 +40,10 @@ from anomalib_pedenet.hyper_parameters import (
     resolve,
     validate,
 )
+from anomalib_pedenet.data.input_files import InputFiles, check_finite, check_images, naming_files
+from anomalib_pedenet.host.checkpoint import PedenetCheckpointMixin
+from anomalib_pedenet.host.export import PedenetExportMixin
+from anomalib_pedenet.host.exportable_resize import resize_as_in_training
 from anomalib_pedenet.networks import ModelSize
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.post_processor import PedenetPostProcessor
@@ -193,6 +193,16 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
         )
         resize_as_in_training(self.pre_processor)
         self._given_components = {name: part for name, part in components.items() if part is not True}
+        self._settle(recipe)
+        self._build()
+        # One batch of images serves several optimizer steps, see `training_step`.
+        self.automatic_optimization = False
+        self._is_bank_stale = False
+        self._asked_of_bank: list[str] = []  # arguments for which a checkpoint's bank has to be built anew
+        self._forget_training()
+
+    def _settle(self, recipe: Recipe) -> None:
+        """Check the hyper-parameters, and note which of them were given."""
         # They are kept side by side, as a checkpoint holds them, and not as objects.
         self.hparams.pop("recipe")
         self.hparams.update(asdict(recipe))
@@ -200,12 +210,6 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
         validate(hparams)
         self._given = changes(self.hparams, hyper_parameter_defaults())
         self.hparams.update(hparams)
-        self._build()
-        # One batch of images serves several optimizer steps, see `training_step`.
-        self.automatic_optimization = False
-        self._is_bank_stale = False
-        self._asked_of_bank: list[str] = []  # arguments for which a checkpoint's bank has to be built anew
-        self._forget_training()
 
     def _build(self) -> None:
         """Make the networks, not trained, and the loss, by the hyper-parameters."""

@@ -51,33 +51,9 @@ class PatchScores(NamedTuple):
 class ScoringModel(nn.Module):
     """PEDENet: the networks, a scorer for each scale, and the anomaly map.
 
-    Args:
-        patch_sizes (Sequence[int]): Scales that are trained: 64 for the paper's patches, 32 for the sub-patches that
-            the small encoder embeds on the way, or both. Defaults to ``(32, 64)``.
-        scored_sizes (Sequence[int] | None): Scales that are scored: those of them, and mid-level ones
-            (:data:`anomalib_pedenet.patches.MID_LEVEL_SIZES`). Defaults to :func:`default_scored_sizes`.
-        stride (int): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2.
-            Defaults to ``8``.
-        combination (Combination): How the maps of the scales become one: see
-            :func:`anomalib_pedenet.anomaly_map.combine_maps`, or ``"auto"`` for
-            :func:`anomalib_pedenet.anomaly_map.soft_maximum` with ``gaussian_mixture``, else the product. Defaults to
-            ``"auto"``.
-        scorer (str | Mapping[str, Any]): Scorer of each scale, see :func:`anomalib_pedenet.scorers.make_scorer`; or
-            ``"auto"`` for :data:`SCORER_BY_PLACE` where :meth:`calibrate` finds that parts are aligned, and
-            :data:`SCORER_ANYWHERE` elsewhere. Defaults to ``"exact"``.
-        bank_size (float): Largest number of rows of each scale's memory bank, for scorers that have one; below 1, as a
-            fraction of all embeddings. Defaults to ``5_000``.
-        coreset (Coreset): How they are chosen, see :mod:`anomalib_pedenet.scorers.coreset`. Defaults to ``"auto"``.
-        embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
-        num_components (int): Number K of mixture components of the DE network. Defaults to ``10``.
-        seed (int): Seed of the scorers. Defaults to ``0``.
-        position_weight (float | Literal["auto"]): Weight of a patch's position in its distance to normal ones, or
-            ``"auto"`` to choose it from normal images, see :mod:`anomalib_pedenet.scorers.position`. Defaults to
-            ``"auto"``.
-        batch_norm (bool): Whether the small encoder has batch normalisation. Defaults to ``True``.
-        model_size (ModelSize): Width of the small encoder, ``"small"`` or ``"medium"``. Defaults to ``"small"``.
-        defect_prediction (bool): Whether there is a network at each scale to be trained on drawn defects.
-            Defaults to ``False``.
+    Arguments are those of :class:`anomalib_pedenet.Pedenet` and its recipe, which explain them. Others are ``seed``, of
+    the scorers, and ``defect_prediction``, whether there is a network at each scale to be trained on drawn defects. The
+    scorer is by default the paper's, ``"exact"``.
 
     Attributes:
         normal_limit (torch.Tensor): Highest score of normal images, in units of a normal patch's typical score, scalar;
@@ -123,6 +99,27 @@ class ScoringModel(nn.Module):
         self.position_weight = position_weight
         self.tiler: Tiler | None = None
 
+        self._register_what_is_measured()
+        # How much each scored scale counts. Not a buffer, because it decides what is computed, in exported graphs too.
+        self._scale_weights = [1.0] * len(self.scored_sizes)
+        self.embedding_dim = embedding_dim
+        # A third faster on a CPU, and in bfloat16 twice as fast. From the start, not for training alone, because the
+        # other memory format rounds differently: a loaded checkpoint must score exactly as the model that saved it.
+        filters = SMALL_CHANNELS[model_size]
+        network = PatchEmbeddingNetwork(embedding_dim, filters, batch_norm=batch_norm, patch_sizes=self.patch_sizes)
+        self.embedding_network = network.to(memory_format=torch.channels_last)
+        self._make_networks_of_training(num_components, defect_prediction)
+        channels = {size: network.mid_level_channels(size) for size in self.scored_sizes if size in MID_LEVEL_SIZES}
+        self.projections = nn.ModuleDict(
+            {str(size): PrincipalProjection(count, min(count, embedding_dim)) for size, count in channels.items()},
+        )
+        self.set_scorer(scorer)
+        weight = 0.0 if position_weight == "auto" else position_weight
+        self.position_encodings = nn.ModuleDict({str(size): PositionEncoding(weight) for size in self.scored_sizes})
+        self.region = RegionOfInterest()
+
+    def _register_what_is_measured(self) -> None:
+        """Make the buffers for what is measured on normal images."""
         # Location prediction learns only from inputs of about unit variance, which ImageNet's statistics give to
         # colourful photographs but not to, say, grey surfaces of low contrast: the training images' own do.
         self.register_buffer("input_mean", torch.zeros(3, 1, 1))
@@ -134,31 +131,18 @@ class ScoringModel(nn.Module):
         self.register_buffer("typical_score", torch.ones(()))
         # What each trained scale has learned, from 0 to 1; NaN where that is not known.
         self.register_buffer("learned", torch.full((len(self.patch_sizes),), math.nan))
-        # How much each scored scale counts. Not a buffer, because it decides what is computed, in exported graphs too.
-        self._scale_weights = [1.0] * len(self.scored_sizes)
-        # A third faster on a CPU, and in bfloat16 twice as fast. From the start, not for training alone, because the
-        # other memory format rounds differently: a loaded checkpoint must score exactly as the model that saved it.
-        filters = SMALL_CHANNELS[model_size]
-        network = PatchEmbeddingNetwork(embedding_dim, filters, batch_norm=batch_norm, patch_sizes=self.patch_sizes)
-        self.embedding_network = network.to(memory_format=torch.channels_last)
+
+    def _make_networks_of_training(self, num_components: int, defect_prediction: bool) -> None:
+        """Make the networks that only training needs, but for the scorer ``density``: one of each for every scale."""
         self.density_networks = nn.ModuleDict(
-            {str(size): DensityEstimationNetwork(num_components, embedding_dim) for size in self.patch_sizes},
+            {str(size): DensityEstimationNetwork(num_components, self.embedding_dim) for size in self.patch_sizes},
         )
         self.location_networks = nn.ModuleDict(
-            {str(size): LocationPredictionNetwork(embedding_dim) for size in self.patch_sizes},
+            {str(size): LocationPredictionNetwork(self.embedding_dim) for size in self.patch_sizes},
         )
         self.defect_networks = nn.ModuleDict(
-            {str(size): DefectPredictionNetwork(embedding_dim) for size in self.patch_sizes if defect_prediction},
+            {str(size): DefectPredictionNetwork(self.embedding_dim) for size in self.patch_sizes if defect_prediction},
         )
-        self.embedding_dim = embedding_dim
-        channels = {size: network.mid_level_channels(size) for size in self.scored_sizes if size in MID_LEVEL_SIZES}
-        self.projections = nn.ModuleDict(
-            {str(size): PrincipalProjection(count, min(count, embedding_dim)) for size, count in channels.items()},
-        )
-        self.set_scorer(scorer)
-        weight = 0.0 if position_weight == "auto" else position_weight
-        self.position_encodings = nn.ModuleDict({str(size): PositionEncoding(weight) for size in self.scored_sizes})
-        self.region = RegionOfInterest()
 
     def set_scorer(self, scorer: str | Mapping[str, Any]) -> None:
         """Take another scorer, not fitted, at every scale.

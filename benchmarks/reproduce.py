@@ -54,7 +54,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 from train import Curve, make_evaluator, read_data_config
 
-from anomalib_pedenet.hyper_parameters import resolve
+from anomalib_pedenet.argument_checks import resolve
 from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.post_processor import PedenetPostProcessor
 

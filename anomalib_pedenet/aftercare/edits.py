@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from anomalib_pedenet.host.checkpoint_io import CheckedCheckpointIO, bring_up_to_date
+from anomalib_pedenet.host.checkpoint_io import CheckedCheckpointIO
+from anomalib_pedenet.host.earlier_versions import bring_up_to_date
 from anomalib_pedenet.lightning_model import Pedenet
 from anomalib_pedenet.post_processor import LIMITS
 

@@ -128,12 +128,7 @@ def teach_checkpoint(
         _check_one_size(to_teach.files)
         within = inspector.read_region(region, to_teach)
     before = [[_score(model, image) for image in images] for _, images in sources]
-    flagged = [index for index, score in enumerate(before[0]) if score > threshold]
-    if not flagged:
-        msg = (
-            f"None of the {len(to_teach)} good image(s) is flagged, {to_teach.files[0]} for instance: nothing to teach."
-        )
-        raise ValueError(msg)
+    flagged = _flagged(to_teach.files, before[0], threshold)
     teacher = _Teacher(model, to_teach, threshold, within)
     held_out = teacher.scores_of_others(flagged) if known_defects else []
     teacher.teach(flagged)
@@ -156,6 +151,19 @@ def teach_checkpoint(
         "threshold": new_threshold,
     }
     return lessons, edit_checkpoint(ckpt_path, output, "teach", details, tensors)
+
+
+def _flagged(files: Sequence[Path], scores: Sequence[float], threshold: float) -> list[int]:
+    """Return the indices of the images above the threshold.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    flagged = [index for index, score in enumerate(scores) if score > threshold]
+    if not flagged:
+        msg = f"None of the {len(files)} good image(s) is flagged, {files[0]} for instance: nothing to teach."
+        raise ValueError(msg)
+    return flagged
 
 
 class _Teacher:

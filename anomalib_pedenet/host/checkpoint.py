@@ -4,7 +4,7 @@
 """What a checkpoint holds besides Lightning's entries, and what a model takes from it or keeps of its own.
 
 Arguments that a model was given are used beside a checkpoint that has others, or refused by name; all else is the
-checkpoint's (:func:`anomalib_pedenet.hyper_parameters.check_changes`).
+checkpoint's (:func:`anomalib_pedenet.argument_checks.check_changes`).
 """
 
 import inspect
@@ -23,8 +23,9 @@ from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 
+from anomalib_pedenet.argument_checks import Purpose, changes, changes_bank, check_changes, resolve
+from anomalib_pedenet.host.earlier_versions import bring_up_to_date
 from anomalib_pedenet.host.exportable_resize import resize_as_in_training
-from anomalib_pedenet.hyper_parameters import Purpose, changes, changes_bank, check_changes, resolve
 from anomalib_pedenet.recipe import DEFAULT_RECIPE
 from anomalib_pedenet.torch_model import PedenetModel
 
@@ -259,7 +260,7 @@ class PedenetCheckpointMixin(LightningModule):
             ValueError: If the checkpoint is another model's, or an argument was given that it cannot be used with.
         """
         # It imports the engine, as models must not.
-        from anomalib_pedenet.host.checkpoint_io import NETWORK, bring_up_to_date, engine_frame
+        from anomalib_pedenet.host.checkpoint_io import NETWORK, engine_frame
 
         if not any(name.startswith(NETWORK) for name in checkpoint.get("state_dict", {})):
             msg = "The checkpoint holds no Pedenet weights: pass a checkpoint that was trained with --model Pedenet."

@@ -8,7 +8,7 @@ import inspect
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -19,26 +19,13 @@ from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Trainer
 
-from anomalib_pedenet.networks import SMALL_CHANNELS
-from anomalib_pedenet.post_processor import THRESHOLDS
+from anomalib_pedenet.host.earlier_versions import hyper_parameters_of
 
 # Bit of an archive's entry that makes it a folder.
 _FOLDER = 0x10
 
-LIMIT = "model.normal_limit"
-"""Name of the highest score of normal images in a checkpoint."""
-
-LEARNED = "model.learned"
-"""Name of what each trained scale has learned."""
-
-CHOSEN = "model._extra_state"
-"""Name of what was chosen from normal images."""
-
 NETWORK = "model.embedding_network."
 """First part of the names of the weights that every checkpoint of this model has."""
-
-FIRST_LAYER = f"{NETWORK}small_encoder.0.weight"
-"""Name of the weights of the first convolution."""
 
 
 def check_checkpoint_file(
@@ -110,38 +97,6 @@ def _find_damage(path: str | Path) -> str:
         return f"damaged ({type(error).__name__}: {error})"
 
 
-def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
-    """Bring a checkpoint of an earlier version up to date.
-
-    The first had scores without a limit, so that thresholds are brought into 0..1. Later ones did not keep what was
-    learned at each scale, always had the product of the scales' maps, and had no region of interest. Some measured
-    places by themselves. The width of the encoder was not named.
-
-    Args:
-        checkpoint (dict[str, Any]): Loaded checkpoint, which is changed.
-    """
-    checkpoint["hyper_parameters"] = _hyper_parameters(checkpoint)
-    state = checkpoint["state_dict"]
-    if LEARNED not in state and CHOSEN in state:
-        scales = len(state[CHOSEN])
-        trained = len({name.split(".")[2] for name in state if name.startswith("model.location_networks.")})
-        state[CHOSEN] = torch.cat([state[CHOSEN], state[CHOSEN].new_zeros(1)])
-        state[LEARNED] = torch.full((trained,), torch.nan)
-        state |= {"model.map_offsets": torch.zeros(scales), "model.map_spreads": torch.ones(scales)}
-        state["model.typical_score"] = torch.ones(())
-    for name in ("model.place_calibration.gain", "model.place_calibration.offset"):
-        state.pop(name, None)
-    if CHOSEN in state:
-        state.setdefault("model.region.visible", torch.ones(1, 1, 1, 1))
-    if LIMIT in state:
-        return
-    state[LIMIT] = torch.ones(())
-    for name in THRESHOLDS:
-        if f"post_processor.{name}" in state:
-            score = state[f"post_processor.{name}"]
-            state[f"post_processor.{name}"] = score / (score + 1)
-
-
 def saved_hyper_parameters(path: str | Path, weights_only: bool, safe_globals: Sequence[Any]) -> dict[str, Any]:
     """Return the hyper-parameters in a checkpoint.
 
@@ -158,15 +113,7 @@ def saved_hyper_parameters(path: str | Path, weights_only: bool, safe_globals: S
         return {}
     with anomalib_safe_globals(extra=safe_globals):
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
-    return _hyper_parameters(checkpoint)
-
-
-def _hyper_parameters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's hyper-parameters, and the width of the encoder, which earlier versions did not save."""
-    saved = dict(checkpoint.get("hyper_parameters", {}))
-    filters = len(checkpoint.get("state_dict", {}).get(FIRST_LAYER, ()))
-    fitting = [size for size, channels in SMALL_CHANNELS.items() if channels[0] == filters]
-    return {"model_size": fitting[0]} | saved if fitting else saved
+    return hyper_parameters_of(checkpoint)
 
 
 def engine_frame(method: str) -> FrameType | None:

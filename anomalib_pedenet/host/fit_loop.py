@@ -7,6 +7,8 @@ Lightning looks after each batch whether it is to stop, and validates after each
 Here it is looked after each step, and the last weights of a training are always validated, however it ends.
 """
 
+import math
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -28,6 +30,15 @@ def is_told_to_stop(trainer: Trainer) -> bool:
     )
     is_told = is_over or (trainer.should_stop and can_stop_early(trainer))
     return bool(trainer.strategy.reduce_boolean_decision(is_told, all=False))
+
+
+def images_per_epoch(trainer: Trainer) -> int | None:
+    """Return the number of training images in an epoch, or ``None`` if it is not known."""
+    num_batches = trainer.num_training_batches
+    if not math.isfinite(num_batches):
+        return None
+    loader = trainer.train_dataloader
+    return min(int(num_batches) * (getattr(loader, "batch_size", None) or 1), len(loader.dataset))
 
 
 def can_stop_early(trainer: Trainer) -> bool:

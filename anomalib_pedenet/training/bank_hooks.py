@@ -16,8 +16,8 @@ from anomalib_pedenet.data.normal_images import TrainingSet
 from anomalib_pedenet.loss import synthetic_weight
 from anomalib_pedenet.post_processor import lacks_thresholds, reset_metrics, set_thresholds
 from anomalib_pedenet.torch_model import PedenetModel
+from anomalib_pedenet.training.bank_building import build_memory_bank, threshold_of_training
 from anomalib_pedenet.training.held_back import HeldBack
-from anomalib_pedenet.training.memory_bank import build_memory_bank, threshold_of_training
 from anomalib_pedenet.training.preparation import set_region
 
 logger = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from anomalib_pedenet.host.checkpoint import ORIGIN, SHORTENED, TRAINING
 from anomalib_pedenet.host.fit_loop import (
     begin_anew,
     can_stop_early,
+    images_per_epoch,
     is_last_batch,
     is_told_to_stop,
     save_again,
@@ -125,16 +126,8 @@ class PedenetTrainingMixin(PedenetBankMixin):
 
     def _make_schedule(self) -> Schedule:
         """Plan the training, under the model's and the Trainer's limits."""
-        trainer, num_images = self.trainer, self._images_per_epoch()
+        trainer, num_images = self.trainer, images_per_epoch(self.trainer)
         return Schedule(self.hparams, num_images, trainer.max_steps, trainer.max_epochs, self._schedule.shortened_to)
-
-    def _images_per_epoch(self) -> int | None:
-        """Return the number of training images in an epoch, or ``None`` if it is not known."""
-        num_batches = self.trainer.num_training_batches
-        if not math.isfinite(num_batches):
-            return None
-        loader = self.trainer.train_dataloader
-        return min(int(num_batches) * (getattr(loader, "batch_size", None) or 1), len(loader.dataset))
 
     def on_train_start(self) -> None:
         """Measure the training images, choose the arithmetic of the networks, and go on where a checkpoint was.
@@ -146,7 +139,7 @@ class PedenetTrainingMixin(PedenetBankMixin):
         self._schedule = self._make_schedule()
         images = self._training_set()
         self._held_back = hold_back(images, hparams.holdout)
-        num_images = self._images_per_epoch() if self._held_back is None else len(self._held_back.trained_on)
+        num_images = images_per_epoch(trainer) if self._held_back is None else len(self._held_back.trained_on)
         self._pool = ImagePool(num_images or 2**31, int(hparams.cache_gib * 2**30))
         self._progress = Progress(trainer.global_step)
         if trainer.global_step == 0:  # a resumed training goes on with the checkpoint's

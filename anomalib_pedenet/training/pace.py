@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from anomalib_pedenet.hyper_parameters import TrainPrecision
+from anomalib_pedenet.argument_checks import TrainPrecision
 
 logger = logging.getLogger(__name__)
 

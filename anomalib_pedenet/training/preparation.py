@@ -11,7 +11,7 @@ import torch
 from anomalib_pedenet.data.normal_images import TrainingSet, are_plain
 from anomalib_pedenet.region import AUTO_ROI, RegionOfInterest, find_roi, read_roi
 from anomalib_pedenet.torch_model import PedenetModel
-from anomalib_pedenet.training.memory_bank import CALIBRATION_IMAGES
+from anomalib_pedenet.training.bank_building import CALIBRATION_IMAGES
 
 logger = logging.getLogger(__name__)
 

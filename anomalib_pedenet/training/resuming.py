@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 
+from anomalib_pedenet.argument_checks import TrainPrecision
 from anomalib_pedenet.data.image_pool import ImagePool
 from anomalib_pedenet.data.normal_images import TrainingSet
-from anomalib_pedenet.hyper_parameters import TrainPrecision
 
 logger = logging.getLogger(__name__)
 

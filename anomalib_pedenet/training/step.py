@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_pedenet.hyper_parameters import TrainPrecision
+from anomalib_pedenet.argument_checks import TrainPrecision
 from anomalib_pedenet.loss import PedenetLoss
 from anomalib_pedenet.torch_model import PedenetModel
 from anomalib_pedenet.training.sampling import EmbeddingSample, draw_views, sample_dense, sample_patches

@@ -17,7 +17,7 @@ import yaml
 from sklearn.metrics import roc_auc_score
 
 from anomalib_pedenet import Pedenet
-from anomalib_pedenet.hyper_parameters import changes, check_changes
+from anomalib_pedenet.argument_checks import changes, check_changes
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BASE = "{max_steps: 4, image_size: [144, 160], crops_per_step: 1, bank_size: 300}"

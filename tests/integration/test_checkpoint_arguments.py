@@ -14,7 +14,7 @@ import torch
 from anomalib.cli import AnomalibCLI
 
 from anomalib_pedenet import Pedenet, Recipe
-from anomalib_pedenet.hyper_parameters import changes, check_changes
+from anomalib_pedenet.argument_checks import changes, check_changes
 from tests.integration.conftest import model_options, write_dataset
 
 TRAINED: dict[str, Any] = {

@@ -10,7 +10,7 @@ import torch
 
 from anomalib_pedenet import PedenetModel
 from anomalib_pedenet.anomaly_map import scores_to_map
-from anomalib_pedenet.host.checkpoint_io import bring_up_to_date
+from anomalib_pedenet.host.earlier_versions import bring_up_to_date
 from anomalib_pedenet.scorers import GaussianMixtureScorer, NearestNeighborScorer
 
 LEARNED = {32: 0.49, 64: 0.81}

@@ -13,13 +13,15 @@ LAYERS = [
     {"dense_embedding", "scales"},
     {"scoring_model"},
     {"torch_model"},
-    {"recipe", "hyper_parameters", "data"},
+    {"recipe", "argument_checks", "data"},
     {"host"},
     {"training"},
     {"lightning_model"},
     {"aftercare"},
 ]
 MAX_LINES = 400
+MAX_LINES_OF_CLASS, MAX_LINES_OF_FUNCTION = 250, 50
+"""Without docstrings."""
 
 
 def layer(module: str) -> int:
@@ -62,3 +64,19 @@ def test_imports_flow_one_way() -> None:
 def test_no_module_is_long() -> None:
     lines = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
     assert {path: count for path, count in lines.items() if count > MAX_LINES} == {}
+
+
+def lines_of_docstrings(node: ast.AST) -> int:
+    """Return how many lines the docstrings in a class or function have."""
+    firsts = [inner.body[0] for inner in ast.walk(node) if isinstance(inner, ast.ClassDef | ast.FunctionDef)]
+    texts = [first for first in firsts if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)]
+    return sum((text.end_lineno or 0) - text.lineno + 1 for text in texts)
+
+
+def test_no_class_or_function_is_long() -> None:
+    limits = {ast.ClassDef: MAX_LINES_OF_CLASS, ast.FunctionDef: MAX_LINES_OF_FUNCTION}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1 - lines_of_docstrings(node)
+                assert lines <= limits[type(node)], f"{path.name}: {node.name} has {lines} lines"

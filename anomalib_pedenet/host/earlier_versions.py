@@ -1,0 +1,59 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Checkpoints of earlier versions: what they lack, or have otherwise."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from anomalib_pedenet.networks import SMALL_CHANNELS
+from anomalib_pedenet.post_processor import THRESHOLDS
+
+# Names in a checkpoint's state: the highest score of normal images, what each trained scale has learned, what was
+# chosen from normal images, and the weights of the first convolution.
+_LIMIT = "model.normal_limit"
+_LEARNED = "model.learned"
+_CHOSEN = "model._extra_state"
+_FIRST_LAYER = "model.embedding_network.small_encoder.0.weight"
+
+
+def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
+    """Bring a checkpoint of an earlier version up to date.
+
+    The first had scores without a limit, so that thresholds are brought into 0..1. Later ones did not keep what was
+    learned at each scale, always had the product of the scales' maps, and had no region of interest. Some measured
+    places by themselves. The width of the encoder was not named.
+
+    Args:
+        checkpoint (dict[str, Any]): Loaded checkpoint, which is changed.
+    """
+    checkpoint["hyper_parameters"] = hyper_parameters_of(checkpoint)
+    state = checkpoint["state_dict"]
+    if _LEARNED not in state and _CHOSEN in state:
+        scales = len(state[_CHOSEN])
+        trained = len({name.split(".")[2] for name in state if name.startswith("model.location_networks.")})
+        state[_CHOSEN] = torch.cat([state[_CHOSEN], state[_CHOSEN].new_zeros(1)])
+        state[_LEARNED] = torch.full((trained,), torch.nan)
+        state |= {"model.map_offsets": torch.zeros(scales), "model.map_spreads": torch.ones(scales)}
+        state["model.typical_score"] = torch.ones(())
+    for name in ("model.place_calibration.gain", "model.place_calibration.offset"):
+        state.pop(name, None)
+    if _CHOSEN in state:
+        state.setdefault("model.region.visible", torch.ones(1, 1, 1, 1))
+    if _LIMIT in state:
+        return
+    state[_LIMIT] = torch.ones(())
+    for name in THRESHOLDS:
+        if f"post_processor.{name}" in state:
+            score = state[f"post_processor.{name}"]
+            state[f"post_processor.{name}"] = score / (score + 1)
+
+
+def hyper_parameters_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's hyper-parameters, and the width of the encoder, which earlier versions did not save."""
+    saved = dict(checkpoint.get("hyper_parameters", {}))
+    filters = len(checkpoint.get("state_dict", {}).get(_FIRST_LAYER, ()))
+    fitting = [size for size, channels in SMALL_CHANNELS.items() if channels[0] == filters]
+    return {"model_size": fitting[0]} | saved if fitting else saved
