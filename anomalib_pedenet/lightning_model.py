@@ -45,7 +45,6 @@ from anomalib_pedenet.host.checkpoint import PedenetCheckpointMixin
 from anomalib_pedenet.host.export import PedenetExportMixin
 from anomalib_pedenet.host.exportable_resize import resize_as_in_training
 from anomalib_pedenet.networks import ModelSize
-from anomalib_pedenet.patches import PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.post_processor import PedenetPostProcessor
 from anomalib_pedenet.recipe import DEFAULT_RECIPE, Recipe, change_recipe
 from anomalib_pedenet.scorers import Coreset
@@ -156,7 +155,7 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
         self,
         image_size: tuple[int, int] = (256, 256),
         roi: str | Path | None = None,
-        patch_sizes: Sequence[int] = (SUB_PATCH_SIZE, PATCH_SIZE),
+        patch_sizes: Sequence[int] = (32, 64),
         scored_sizes: Sequence[int] | None = None,
         stride: int | None = None,
         combination: Combination | None = None,
