@@ -137,17 +137,26 @@ def raw_image_threshold(processor: nn.Module | None) -> float:
 
 
 def set_thresholds(processor: nn.Module | None, threshold: float) -> None:
-    """Set the thresholds of images and pixels, or forget them.
+    """Set the thresholds of images and pixels.
 
     Args:
         processor (nn.Module | None): Post-processor; others than anomalib's are left alone.
-        threshold (float): Score above which an image and a pixel are defective, as the model gives it; NaN to forget
-            all that was learned from scores.
+        threshold (float): Score above which an image and a pixel are defective, as the model gives it.
     """
-    if not isinstance(processor, PostProcessor):
-        return
-    for name in THRESHOLDS if math.isnan(threshold) else LIMITS:
-        getattr(processor, name).fill_(threshold)
+    if isinstance(processor, PostProcessor):
+        for name in LIMITS:
+            getattr(processor, name).fill_(threshold)
+
+
+def forget_scores(processor: nn.Module | None) -> None:
+    """Forget all that a post-processor learned from scores: thresholds and ranges.
+
+    Args:
+        processor (nn.Module | None): Post-processor; others than anomalib's are left alone.
+    """
+    if isinstance(processor, PostProcessor):
+        for name in THRESHOLDS:
+            getattr(processor, name).fill_(math.nan)
 
 
 def reset_metrics(*components: nn.Module | None) -> None:

@@ -4,7 +4,6 @@
 """What Lightning calls in a training, in the order in which it calls it; each hook leaves the work to a module here."""
 
 import logging
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +26,7 @@ from anomalib_pedenet.host.fit_loop import (
     validate_now,
 )
 from anomalib_pedenet.loss import PedenetLoss
-from anomalib_pedenet.post_processor import lacks_thresholds, set_thresholds
+from anomalib_pedenet.post_processor import forget_scores, lacks_thresholds
 from anomalib_pedenet.training.bank_hooks import PedenetBankMixin
 from anomalib_pedenet.training.held_back import HeldBack, hold_back
 from anomalib_pedenet.training.pace import Pace, precisions_to_try, ways
@@ -143,7 +142,7 @@ class PedenetTrainingMixin(PedenetBankMixin):
         self._pool = ImagePool(num_images or 2**31, int(hparams.cache_gib * 2**30))
         self._progress = Progress(trainer.global_step)
         if trainer.global_step == 0:  # a resumed training goes on with the checkpoint's
-            set_thresholds(self.post_processor, math.nan)
+            forget_scores(self.post_processor)
             self.model.reset_choices()
             self._set_region(images)
             if not measure(self.model, images, self._trained_on(images)):
