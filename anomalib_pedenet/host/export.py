@@ -3,8 +3,10 @@
 
 """Exports of a trained model: anomalib's, with checks before any work is done, and INT8 of the convolutions alone."""
 
+import contextlib
 import logging
 from abc import abstractmethod
+from collections.abc import Iterator
 from copy import deepcopy
 from inspect import signature
 from pathlib import Path
@@ -96,7 +98,8 @@ class PedenetExportMixin(ExportMixin):
             raise ValueError(msg)
         self._warn_without_thresholds()
         kwargs.setdefault("external_data", False)
-        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+        with _quiet_optimizer():
+            return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
 
     def _resizes_to_one_size(self) -> bool:
         """Return whether the pre-processor makes images of all sizes equally large."""
@@ -170,3 +173,15 @@ class PedenetExportMixin(ExportMixin):
         labelled = DataLoader(validation, batch_size=1, collate_fn=validation.collate_fn)
         metric = metric or F1Score(fields=["pred_label", "gt_label"])
         return quantization.quantize_with_accuracy_control(model, images, labelled, metric, max_drop)
+
+
+@contextlib.contextmanager
+def _quiet_optimizer() -> Iterator[None]:
+    """Keep the optimizer of ONNX graphs from listing, in kilobytes, the constants that it leaves alone."""
+    optimizer = logging.getLogger("onnxscript.optimizer")
+    level = optimizer.level
+    optimizer.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        optimizer.setLevel(level)
