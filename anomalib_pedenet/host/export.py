@@ -177,11 +177,13 @@ class PedenetExportMixin(ExportMixin):
 
 @contextlib.contextmanager
 def _quiet_optimizer() -> Iterator[None]:
-    """Keep the optimizer of ONNX graphs from listing, in kilobytes, the constants that it leaves alone."""
-    optimizer = logging.getLogger("onnxscript.optimizer")
-    level = optimizer.level
-    optimizer.setLevel(max(level, logging.WARNING))
+    """Keep the optimizers of ONNX graphs from listing each constant, in a hundred kilobytes of log."""
+    optimizers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
+    levels = [optimizer.level for optimizer in optimizers]
+    for optimizer in optimizers:
+        optimizer.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        optimizer.setLevel(level)
+        for optimizer, level in zip(optimizers, levels, strict=True):
+            optimizer.setLevel(level)
