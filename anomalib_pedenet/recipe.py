@@ -124,3 +124,9 @@ def change_recipe(recipe: Recipe | Mapping[str, Any], parts: Mapping[str, Any]) 
         msg = f"Pedenet has no argument {', '.join(sorted(unknown))}, and its recipe none either."
         raise TypeError(msg)
     return replace(recipe, **parts)
+
+
+def changed_parts(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a recipe is not as by default, by name."""
+    defaults = asdict(DEFAULT_RECIPE)
+    return {name: value for name, value in asdict(change_recipe(recipe, {})).items() if value != defaults[name]}

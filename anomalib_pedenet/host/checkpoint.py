@@ -26,7 +26,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from anomalib_pedenet.argument_checks import Purpose, changes, changes_bank, check_changes, resolve
 from anomalib_pedenet.host.earlier_versions import bring_up_to_date
 from anomalib_pedenet.host.exportable_resize import resize_as_in_training
-from anomalib_pedenet.recipe import DEFAULT_RECIPE
+from anomalib_pedenet.recipe import DEFAULT_RECIPE, changed_parts
 from anomalib_pedenet.torch_model import PedenetModel
 
 if TYPE_CHECKING:
@@ -346,7 +346,7 @@ class PedenetCheckpointMixin(LightningModule):
         classes = cls.__mro__[: cls.__mro__.index(PedenetCheckpointMixin)]  # a subclass may hand arguments on
         known = {name for one in classes for name in inspect.signature(one).parameters}
         if "recipe" in kwargs:
-            kwargs |= asdict(kwargs.pop("recipe"))  # a checkpoint holds its parts side by side
+            kwargs |= changed_parts(kwargs.pop("recipe"))  # a checkpoint holds its parts side by side
         unknown = set(kwargs) - known - set(asdict(DEFAULT_RECIPE))
         if unknown:
             msg = f"Pedenet has no argument {', '.join(sorted(unknown))}."

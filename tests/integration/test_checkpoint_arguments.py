@@ -257,6 +257,13 @@ def test_what_is_left_out_is_the_checkpoints(
     assert len(model.model.scorers["24"].bank) == 60
 
 
+@pytest.mark.parametrize("recipe", [Recipe(noise=0.3), {"noise": 0.3}])
+def test_a_recipe_beside_a_checkpoint_counts_where_it_is_not_as_by_default(recipe: Any, checkpoint: Path) -> None:  # noqa: ANN401
+    model = Pedenet.load_from_checkpoint(checkpoint, recipe=recipe)
+    assert model.hparams.noise == 0.3
+    assert model.hparams.crops_per_step == TRAINED["crops_per_step"] != Recipe().crops_per_step
+
+
 @pytest.mark.parametrize("command", [*COMMANDS, "load"])
 def test_a_checkpoint_without_a_model_size_is_of_the_one_that_there_was(
     command: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
