@@ -15,6 +15,7 @@ Example:
 import inspect
 import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +42,7 @@ from anomalib_pedenet.argument_checks import (
     validate,
 )
 from anomalib_pedenet.data.input_files import InputFiles, check_finite, check_images, naming_files
-from anomalib_pedenet.host.checkpoint import PedenetCheckpointMixin
+from anomalib_pedenet.host.checkpoint import PedenetCheckpointMixin, without_foreign_arguments
 from anomalib_pedenet.host.export import PedenetExportMixin
 from anomalib_pedenet.host.exportable_resize import resize_as_in_training
 from anomalib_pedenet.networks import ModelSize
@@ -180,7 +181,7 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
         **of_recipe: Any,  # noqa: ANN401 - as diverse as the recipe
     ) -> None:
         check_image_size(image_size)
-        recipe = change_recipe(recipe, of_recipe)
+        recipe = change_recipe(recipe, without_foreign_arguments(of_recipe))
         components = dict(zip(_COMPONENTS, (pre_processor, post_processor, evaluator, visualizer), strict=True))
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(tuple(image_size))
@@ -202,9 +203,10 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
 
     def _settle(self, recipe: Recipe) -> None:
         """Check the hyper-parameters, and note which of them were given."""
-        # They are kept side by side, as a checkpoint holds them, and not as objects.
+        # They are kept side by side, as a checkpoint holds them and loggers can write them, and not as objects.
         self.hparams.pop("recipe")
         self.hparams.update(asdict(recipe))
+        self._hparams_initial = deepcopy(self._hparams)
         hparams = resolve(self.hparams)
         validate(hparams)
         self._given = changes(self.hparams, hyper_parameter_defaults())

@@ -344,10 +344,9 @@ class PedenetCheckpointMixin(LightningModule):
         from anomalib_pedenet.host.checkpoint_io import check_checkpoint_file, saved_hyper_parameters
 
         classes = cls.__mro__[: cls.__mro__.index(PedenetCheckpointMixin)]  # a subclass may hand arguments on
-        known = {name for one in classes for name in inspect.signature(one).parameters}
-        if "recipe" in kwargs:
-            kwargs |= changed_parts(kwargs.pop("recipe"))  # a checkpoint holds its parts side by side
-        unknown = set(kwargs) - known - set(asdict(DEFAULT_RECIPE))
+        known = {name for one in classes for name in inspect.signature(one).parameters} | set(asdict(DEFAULT_RECIPE))
+        kwargs |= changed_parts(kwargs.pop("recipe", DEFAULT_RECIPE))  # a checkpoint holds them side by side
+        unknown = set(kwargs) - known
         if unknown:
             msg = f"Pedenet has no argument {', '.join(sorted(unknown))}."
             raise TypeError(msg)
@@ -367,6 +366,12 @@ class PedenetCheckpointMixin(LightningModule):
             )
         finally:
             _SAVED.reset(token)
+
+
+def without_foreign_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a loaded checkpoint's arguments what ``Pedenet`` does not have: those of a subclass, say."""
+    foreign = set(_SAVED.get() or ()) - set(asdict(DEFAULT_RECIPE))
+    return {name: value for name, value in arguments.items() if name not in foreign}
 
 
 def _asked_of_export(saved: Mapping[str, Any]) -> dict[str, Any]:
