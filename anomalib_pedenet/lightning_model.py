@@ -204,7 +204,8 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
     def _settle(self, recipe: Recipe) -> None:
         """Check the hyper-parameters, and note which of them were given."""
         # They are kept side by side, as a checkpoint holds them and loggers can write them, and not as objects.
-        self.hparams.pop("recipe")
+        for name in [name for name in self.hparams if name.partition(".")[0] == "recipe"]:
+            self.hparams.pop(name)
         self.hparams.update(asdict(recipe))
         self._hparams_initial = deepcopy(self._hparams)
         hparams = resolve(self.hparams)

@@ -109,7 +109,8 @@ def change_recipe(recipe: Recipe | Mapping[str, Any], parts: Mapping[str, Any]) 
 
     Args:
         recipe (Recipe | Mapping[str, Any]): Recipe, or what of it is not as by default, as a configuration file has it.
-        parts (Mapping[str, Any]): Other values by name.
+        parts (Mapping[str, Any]): Other values by name, or by ``recipe.<name>``, as anomalib's ``get_model`` takes the
+            group of a parsed command line apart.
 
     Returns:
         Recipe: The changed one.
@@ -119,6 +120,7 @@ def change_recipe(recipe: Recipe | Mapping[str, Any], parts: Mapping[str, Any]) 
     """
     if isinstance(recipe, Mapping):
         recipe = change_recipe(DEFAULT_RECIPE, recipe)
+    parts = {name.removeprefix("recipe."): value for name, value in parts.items()}
     unknown = set(parts) - set(asdict(DEFAULT_RECIPE))
     if unknown:
         msg = f"Pedenet has no argument {', '.join(sorted(unknown))}, and its recipe none either."

@@ -13,6 +13,7 @@ import torch
 import yaml
 from anomalib.models import get_model
 from anomalib.pre_processing import PreProcessor
+from jsonargparse import Namespace
 from torchvision.transforms.v2 import Resize
 
 from anomalib_pedenet import Pedenet, Recipe
@@ -111,6 +112,7 @@ def test_the_recipe_can_be_given_whole_or_in_parts() -> None:
         Pedenet(recipe=Recipe(noise=0.3), num_components=4),
         Pedenet(recipe=Recipe(noise=0.2, num_components=4), noise=0.3),
         get_model({"class_path": "Pedenet", "init_args": {"recipe": {"noise": 0.3, "num_components": 4}}}),
+        get_model(Namespace(class_path="Pedenet", init_args=Namespace(recipe=Namespace(noise=0.3, num_components=4)))),
     ):
         assert dict(model.hparams) == dict(Pedenet().hparams) | {"noise": 0.3, "num_components": 4}
     assert "recipe" not in Pedenet().hparams
