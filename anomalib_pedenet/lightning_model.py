@@ -47,7 +47,7 @@ from anomalib_pedenet.host.export import PedenetExportMixin
 from anomalib_pedenet.host.exportable_resize import resize_as_in_training
 from anomalib_pedenet.networks import ModelSize
 from anomalib_pedenet.post_processor import PedenetPostProcessor
-from anomalib_pedenet.recipe import DEFAULT_RECIPE, Recipe, change_recipe
+from anomalib_pedenet.recipe import DEFAULT_RECIPE, PARTS, Recipe, change_recipe
 from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.torch_model import PedenetModel
 from anomalib_pedenet.training.hooks import PedenetTrainingMixin
@@ -301,4 +301,4 @@ def hyper_parameter_defaults() -> dict[str, Any]:
     parameters = inspect.signature(Pedenet.__init__).parameters.values()
     left_out = {"self", "recipe", *_COMPONENTS}
     given = {one.name: one.default for one in parameters if one.name not in left_out and one.kind != one.VAR_KEYWORD}
-    return given | asdict(DEFAULT_RECIPE)
+    return given | PARTS

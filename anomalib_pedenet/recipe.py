@@ -103,6 +103,9 @@ class Recipe:
 
 DEFAULT_RECIPE = Recipe()
 
+PARTS = asdict(DEFAULT_RECIPE)
+"""The recipe's parts by name, with their defaults."""
+
 
 def change_recipe(recipe: Recipe | Mapping[str, Any], parts: Mapping[str, Any]) -> Recipe:
     """Return a recipe with some parts changed.
@@ -121,7 +124,7 @@ def change_recipe(recipe: Recipe | Mapping[str, Any], parts: Mapping[str, Any]) 
     if isinstance(recipe, Mapping):
         recipe = change_recipe(DEFAULT_RECIPE, recipe)
     parts = {name.removeprefix("recipe."): value for name, value in parts.items()}
-    unknown = set(parts) - set(asdict(DEFAULT_RECIPE))
+    unknown = set(parts) - set(PARTS)
     if unknown:
         msg = f"Pedenet has no argument {', '.join(sorted(unknown))}, and its recipe none either."
         raise TypeError(msg)
@@ -130,5 +133,4 @@ def change_recipe(recipe: Recipe | Mapping[str, Any], parts: Mapping[str, Any]) 
 
 def changed_parts(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a recipe is not as by default, by name."""
-    defaults = asdict(DEFAULT_RECIPE)
-    return {name: value for name, value in asdict(change_recipe(recipe, {})).items() if value != defaults[name]}
+    return {name: value for name, value in asdict(change_recipe(recipe, {})).items() if value != PARTS[name]}

@@ -12,7 +12,6 @@ import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from anomalib_pedenet.argument_checks import Purpose, changes, changes_bank, check_changes, resolve
 from anomalib_pedenet.host.earlier_versions import bring_up_to_date
 from anomalib_pedenet.host.exportable_resize import resize_as_in_training
-from anomalib_pedenet.recipe import DEFAULT_RECIPE, changed_parts
+from anomalib_pedenet.recipe import PARTS, changed_parts
 from anomalib_pedenet.torch_model import PedenetModel
 
 if TYPE_CHECKING:
@@ -344,8 +343,8 @@ class PedenetCheckpointMixin(LightningModule):
         from anomalib_pedenet.host.checkpoint_io import check_checkpoint_file, saved_hyper_parameters
 
         classes = cls.__mro__[: cls.__mro__.index(PedenetCheckpointMixin)]  # a subclass may hand arguments on
-        known = {name for one in classes for name in inspect.signature(one).parameters} | set(asdict(DEFAULT_RECIPE))
-        kwargs |= changed_parts(kwargs.pop("recipe", DEFAULT_RECIPE))  # a checkpoint holds them side by side
+        known = {name for one in classes for name in inspect.signature(one).parameters} | set(PARTS)
+        kwargs |= changed_parts(kwargs.pop("recipe", {}))  # a checkpoint holds them side by side
         unknown = set(kwargs) - known
         if unknown:
             msg = f"Pedenet has no argument {', '.join(sorted(unknown))}."
@@ -370,7 +369,7 @@ class PedenetCheckpointMixin(LightningModule):
 
 def without_foreign_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Leave out of a loaded checkpoint's arguments what ``Pedenet`` does not have: those of a subclass, say."""
-    foreign = set(_SAVED.get() or ()) - set(asdict(DEFAULT_RECIPE))
+    foreign = set(_SAVED.get() or ()) - set(PARTS)
     return {name: value for name, value in arguments.items() if name not in foreign}
 
 

@@ -180,8 +180,8 @@ def _quiet_optimizer() -> Iterator[None]:
     """Keep the optimizers of ONNX graphs from listing each constant, in a hundred kilobytes of log."""
     optimizers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
     levels = [optimizer.level for optimizer in optimizers]
-    for optimizer in optimizers:
-        optimizer.setLevel(logging.WARNING)
+    for optimizer, level in zip(optimizers, levels, strict=True):
+        optimizer.setLevel(max(level, logging.WARNING))
     try:
         yield
     finally:
