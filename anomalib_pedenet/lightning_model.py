@@ -240,7 +240,8 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Return anomalib's callbacks, and before them the one that names files that cannot be used."""
-        return [InputFiles(), *super().configure_callbacks()]
+        theirs = super().configure_callbacks()
+        return [InputFiles(), *(theirs if isinstance(theirs, Sequence) else [theirs])]
 
     # ------------------------------------------------------------------------------------------------------- scoring
 

@@ -325,11 +325,11 @@ class PedenetCheckpointMixin(LightningModule):
     @classmethod
     def load_from_checkpoint(
         cls,
-        checkpoint_path: str | Path,
+        checkpoint_path: str | Path,  # type: ignore[override] # anomalib's, which takes no open file
         map_location: _MAP_LOCATION_TYPE = None,
         hparams_file: str | Path | None = None,
         strict: bool | None = None,
-        weights_only: bool = True,
+        weights_only: bool = True,  # type: ignore[override] # the same
         **kwargs: Any,  # noqa: ANN401 - hyper-parameters of any type
     ) -> "Self":
         """Load a model with its memory bank from a checkpoint; see ``AnomalibModule.load_from_checkpoint``.

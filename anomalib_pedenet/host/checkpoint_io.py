@@ -186,7 +186,8 @@ def read_checked(trainer: Trainer) -> None:
     """
     present = trainer.strategy.checkpoint_io
     if type(present) is AnomalibCheckpointIO:
-        trainer.strategy.checkpoint_io = CheckedCheckpointIO(present.extra_safe_globals)
+        allowed = present.extra_safe_globals  # type: ignore[attr-defined] # mypy sees nothing of anomalib
+        trainer.strategy.checkpoint_io = CheckedCheckpointIO(allowed)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ Here it is looked after each step, and the last weights of a training are always
 
 import math
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
@@ -25,7 +25,7 @@ def is_told_to_stop(trainer: Trainer) -> bool:
     """
     is_over = trainer.received_sigterm or any(
         callback._interval == "step" and (callback.time_remaining() or 0) < 0  # noqa: SLF001
-        for callback in trainer.callbacks
+        for callback in _callbacks(trainer)
         if isinstance(callback, Timer) and callback.time_remaining() is not None
     )
     is_told = is_over or (trainer.should_stop and can_stop_early(trainer))
@@ -35,10 +35,14 @@ def is_told_to_stop(trainer: Trainer) -> bool:
 def images_per_epoch(trainer: Trainer) -> int | None:
     """Return the number of training images in an epoch, or ``None`` if it is not known."""
     num_batches = trainer.num_training_batches
-    if not math.isfinite(num_batches):
-        return None
     loader = trainer.train_dataloader
+    if loader is None or not math.isfinite(num_batches):
+        return None
     return min(int(num_batches) * (getattr(loader, "batch_size", None) or 1), len(loader.dataset))
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined] # which a part of the Trainer gives it
 
 
 def can_stop_early(trainer: Trainer) -> bool:
@@ -48,7 +52,7 @@ def can_stop_early(trainer: Trainer) -> bool:
 
 def is_last_batch(trainer: Trainer) -> bool:
     """Return whether the batch at hand is the last one of the last epoch."""
-    is_last_epoch = (trainer.max_epochs or 0) > 0 and trainer.current_epoch + 1 >= trainer.max_epochs
+    is_last_epoch = 0 < (trainer.max_epochs or 0) <= trainer.current_epoch + 1
     return is_last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
@@ -89,7 +93,7 @@ def begin_anew(trainer: Trainer) -> None:
     old = trainer.fit_loop
     if old.epoch_progress.total.ready == 0:
         return
-    for callback in trainer.callbacks:
+    for callback in _callbacks(trainer):
         if isinstance(callback, EarlyStopping | Timer):
             msg = (
                 f"This Engine (or Trainer) has trained before, and its callback {type(callback).__name__} goes on from "

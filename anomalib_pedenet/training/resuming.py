@@ -139,7 +139,8 @@ class Resuming:
         loop = trainer.fit_loop
         if trainer.current_epoch == 0 or loop.is_resuming or loop.epoch_loop.restarting:
             # The loop has drawn the order of the images before, and draws it at the start of other epochs only.
-            iter(loop._data_fetcher)  # noqa: SLF001 - as the loop itself does
+            assert loop._data_fetcher is not None  # noqa: SLF001 - as the loop itself does
+            iter(loop._data_fetcher)  # noqa: SLF001
 
     def begin_batch(self) -> None:
         """Note that the epoch has begun."""
