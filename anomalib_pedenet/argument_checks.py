@@ -163,6 +163,7 @@ def make_model(hparams: Any) -> PedenetModel:  # noqa: ANN401 - Lightning's, whi
             batch_norm=hparams.batch_norm,
             model_size=hparams.model_size,
             defect_prediction=hparams.lambda_syn > 0,
+            whitened_density=hparams.density_loss == "whitened",
         )
 
 
@@ -228,7 +229,9 @@ def check_changes(names: Sequence[str], ours: Mapping[str, Any], saved: Mapping[
     """
     for name in names:
         asked = f"The checkpoint was trained with {name}={saved[name]}, and {name}={ours[name]} was asked for"
-        drops_network = name == "lambda_syn" and bool(ours[name]) != bool(saved[name])
+        drops_network = (name == "lambda_syn" and bool(ours[name]) != bool(saved[name])) or (
+            name == "density_loss" and "whitened" in {ours[name], saved[name]}
+        )
         is_fixed = name in _FIXED and not (name == "image_size" and purpose == "load")
         if is_fixed or drops_network:
             msg = f"{asked}, which its weights do not fit: leave {name} out, or train a new model with it."

@@ -7,6 +7,9 @@
 mixture of their batch, the cross-entropy of location prediction, and a regulariser that keeps the covariances away
 from singular ones.
 
+As printed, L_DEN falls as all embeddings draw together. By default they are whitened before their density is estimated
+(:mod:`anomalib_pedenet.whitened_density`), and it counts as far as location prediction has learned at that scale.
+
 ``+ lambda_var L_var`` is not in the paper. While location prediction is still at chance, as it is for long on uniform
 textures, its loss is lowest when all embeddings are equal, so it drives them there and never learns. VICReg's variance
 term forbids that, and is zero wherever the embeddings spread by themselves.
@@ -33,12 +36,13 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_pedenet.mixture import CovarianceType, GaussianMixture, estimate_mixture, log_density
+from anomalib_pedenet.whitened_density import WhitenedMixture, whitened_density_loss
 
-DensityLossType = Literal["dagmm", "paper"]
+DensityLossType = Literal["whitened", "dagmm", "paper"]
 
 
-def density_loss(log_densities: torch.Tensor, reading: DensityLossType = "dagmm") -> torch.Tensor:
-    """Density estimation loss L_DEN (Eq. 9).
+def density_loss(log_densities: torch.Tensor, reading: Literal["dagmm", "paper"] = "dagmm") -> torch.Tensor:
+    """Density estimation loss L_DEN (Eq. 9) in the paper's readings.
 
     As printed, Eq. 9 is ``-(1/N) log sum_i P(z_i)``, the logarithm of the sum. DAGMM, which the paper follows, has
     ``-(1/N) sum_i log P(z_i)``, the mean negative log likelihood.
@@ -57,7 +61,7 @@ def density_loss(log_densities: torch.Tensor, reading: DensityLossType = "dagmm"
         return -log_densities.mean()
     if reading == "paper":
         return -torch.logsumexp(log_densities, dim=0) / len(log_densities)
-    msg = f"density_loss must be 'dagmm' or 'paper', got {reading!r}."
+    msg = f"The reading of Eq. 9 must be 'dagmm' or 'paper', got {reading!r}."
     raise ValueError(msg)
 
 
@@ -132,8 +136,8 @@ def defect_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels, weights)
 
 
-def synthetic_weight(location: torch.Tensor) -> torch.Tensor:
-    """Return how much L_syn counts beside a location prediction loss: ``min(1, L_LPN / log 8)^2``.
+def share_to_learn(location: torch.Tensor) -> torch.Tensor:
+    """Return how far location prediction is from having learned all: ``min(1, L_LPN / log 8)^2``.
 
     Args:
         location (torch.Tensor): L_LPN of the step in nats, scalar.
@@ -159,16 +163,19 @@ class LossTerms(NamedTuple):
 class PedenetLoss(nn.Module):
     """Joint loss of PEDENet (Eq. 8), with the variance, synthetic-defect and compactness losses added.
 
+    The defaults are nearer to the paper than those of :class:`anomalib_pedenet.Recipe`.
+
     Args:
         lambda_den (float): Weight lambda_1 of L_DEN; 0 leaves the term out (Table 4, "L_LPN only").
         lambda_lpn (float): Weight lambda_2 of L_LPN; 0 leaves the term out (Table 4, "L_DEN only").
-        lambda_reg (float): Weight lambda_3 of L_reg, which belongs to L_DEN and is left out with it.
-        reading (DensityLossType): Reading of Eq. 9, see :func:`density_loss`.
+        lambda_reg (float): Weight lambda_3 of L_reg, which belongs to the paper's L_DEN and is left out with it.
+        reading (DensityLossType): ``"whitened"`` for :func:`.whitened_density_loss`, times what :func:`share_to_learn`
+            leaves unless L_LPN is left out; otherwise the reading of Eq. 9, see :func:`density_loss`.
         covariance_type (CovarianceType): Covariances of the mixture, ``"diag"`` or ``"full"``.
         covariance_jitter (float): Added to the covariances' diagonals.
         lambda_var (float): Weight of L_var; 0 leaves the term out, as in the paper.
         min_std (float): Floor of L_var, see :func:`variance_loss`.
-        lambda_syn (float): Weight of L_syn, see :func:`defect_loss`, times :func:`synthetic_weight` unless L_LPN is
+        lambda_syn (float): Weight of L_syn, see :func:`defect_loss`, times :func:`share_to_learn` unless L_LPN is
             left out; 0 leaves the term out, as in the paper.
         lambda_svdd (float): Weight of Patch-SVDD's L_SVDD', see :func:`compactness_loss`; 0 leaves the term out.
 
@@ -212,14 +219,42 @@ class PedenetLoss(nn.Module):
             location (torch.Tensor): L_LPN of the step in nats, scalar.
 
         Returns:
-            float | torch.Tensor: ``lambda_syn`` times :func:`synthetic_weight`, or ``lambda_syn`` if L_LPN is left out.
+            float | torch.Tensor: ``lambda_syn`` times :func:`share_to_learn`, or ``lambda_syn`` if L_LPN is left out.
         """
-        return self.lambda_syn * (synthetic_weight(location) if self.lambda_lpn > 0 else 1.0)
+        return self.lambda_syn * (share_to_learn(location) if self.lambda_lpn > 0 else 1.0)
+
+    def effective_lambda_den(self, location: torch.Tensor) -> float | torch.Tensor:
+        """Return the weight that L_DEN has beside a location prediction loss: less, if whitened, the less it learned.
+
+        Args:
+            location (torch.Tensor): L_LPN of the step in nats, scalar.
+
+        Returns:
+            float | torch.Tensor: ``lambda_den``, times what :func:`share_to_learn` leaves of 1 if ``reading`` is
+                ``"whitened"`` and L_LPN is not left out.
+        """
+        is_free = self.reading != "whitened" or self.lambda_lpn == 0
+        return self.lambda_den * (1.0 if is_free else 1 - share_to_learn(location))
+
+    def _density(
+        self, embeddings: torch.Tensor, responsibilities: torch.Tensor | WhitenedMixture | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return L_DEN and L_reg."""
+        if self.reading == "whitened":
+            if not isinstance(responsibilities, WhitenedMixture):
+                msg = "The whitened L_DEN needs a WhitenedDensityEstimationNetwork's estimate, not responsibilities."
+                raise TypeError(msg)
+            return whitened_density_loss(responsibilities), embeddings.new_zeros(())
+        if not isinstance(responsibilities, torch.Tensor):
+            msg = f"The reading {self.reading!r} of L_DEN needs responsibilities, ``[N, K]``."
+            raise TypeError(msg)
+        mixture = estimate_mixture(embeddings, responsibilities.float(), self.covariance_type, self.covariance_jitter)
+        return density_loss(log_density(embeddings, mixture), self.reading), covariance_regularization(mixture)
 
     def forward(
         self,
         embeddings: torch.Tensor,
-        responsibilities: torch.Tensor,
+        responsibilities: torch.Tensor | WhitenedMixture | None,
         logits: torch.Tensor,
         directions: torch.Tensor,
         density_scale: float | torch.Tensor = 1.0,
@@ -231,7 +266,9 @@ class PedenetLoss(nn.Module):
 
         Args:
             embeddings (torch.Tensor): Embeddings for the density, ``[N, Z]``.
-            responsibilities (torch.Tensor): Output of the DE network for them, ``[N, K]``.
+            responsibilities (torch.Tensor | WhitenedMixture | None): Output of the DE network for them, ``[N, K]``; for
+                the reading ``"whitened"``, its :meth:`~.WhitenedDensityEstimationNetwork.estimate`. Not needed if
+                ``lambda_den`` is 0.
             logits (torch.Tensor): Output of the LP network for M pairs, ``[M, 8]``.
             directions (torch.Tensor): True neighbours of the pairs, ``[M]``, int64 in 0..7.
             density_scale (float | torch.Tensor): Factor on lambda_1 and lambda_3, in [0, 1], for their warm-up.
@@ -252,12 +289,10 @@ class PedenetLoss(nn.Module):
         density = regularization = zero
         # The statistics divide by small variances: the products that autocast makes in bfloat16 would not do.
         with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings, responsibilities = embeddings.float(), responsibilities.float()
+            embeddings = embeddings.float()
             variance = variance_loss(embeddings, self.min_std) if self.lambda_var > 0 else zero
             if self.lambda_den > 0:
-                mixture = estimate_mixture(embeddings, responsibilities, self.covariance_type, self.covariance_jitter)
-                density = density_loss(log_density(embeddings, mixture), self.reading)
-                regularization = covariance_regularization(mixture)
+                density, regularization = self._density(embeddings, responsibilities)
         synthetic = zero
         if self.lambda_syn > 0:
             if defect_logits is None or defect_labels is None:
@@ -272,7 +307,7 @@ class PedenetLoss(nn.Module):
             compactness = compactness_loss(jittered[0].float(), jittered[1].float())
         total = (
             self.lambda_lpn * location
-            + density_scale * (self.lambda_den * density + self.lambda_reg * regularization)
+            + density_scale * (self.effective_lambda_den(location) * density + self.lambda_reg * regularization)
             + self.lambda_var * variance
             + self.effective_lambda_syn(location) * synthetic
             + self.lambda_svdd * compactness

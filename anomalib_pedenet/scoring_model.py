@@ -34,6 +34,7 @@ from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
 from anomalib_pedenet.scorers.position import PositionEncoding
 from anomalib_pedenet.scorers.projection import PrincipalProjection
 from anomalib_pedenet.tiling import check_tiler, from_tiles, to_tiles
+from anomalib_pedenet.whitened_density import WhitenedDensityEstimationNetwork
 
 
 class PatchScores(NamedTuple):
@@ -52,8 +53,9 @@ class ScoringModel(nn.Module):
     """PEDENet: the networks, a scorer for each scale, and the anomaly map.
 
     Arguments are those of :class:`anomalib_pedenet.Pedenet` and its recipe, which explain them. Others are ``seed``, of
-    the scorers, and ``defect_prediction``, whether there is a network at each scale to be trained on drawn defects. The
-    scorer is by default the paper's, ``"exact"``.
+    the scorers; ``defect_prediction``, whether there is a network at each scale to be trained on drawn defects; and
+    ``whitened_density``, whether density estimation networks see whitened embeddings. The scorer is by default the
+    paper's, ``"exact"``.
 
     Attributes:
         normal_limit (torch.Tensor): Highest score of normal images, in units of a normal patch's typical score, scalar;
@@ -86,6 +88,7 @@ class ScoringModel(nn.Module):
         batch_norm: bool = True,
         defect_prediction: bool = False,
         model_size: ModelSize = "small",
+        whitened_density: bool = False,
     ) -> None:
         super().__init__()
         self.patch_sizes = tuple(sorted(patch_sizes))
@@ -108,7 +111,7 @@ class ScoringModel(nn.Module):
         filters = SMALL_CHANNELS[model_size]
         network = PatchEmbeddingNetwork(embedding_dim, filters, batch_norm=batch_norm, patch_sizes=self.patch_sizes)
         self.embedding_network = network.to(memory_format=torch.channels_last)
-        self._make_networks_of_training(num_components, defect_prediction)
+        self._make_networks_of_training(num_components, defect_prediction, whitened_density)
         channels = {size: network.mid_level_channels(size) for size in self.scored_sizes if size in MID_LEVEL_SIZES}
         self.projections = nn.ModuleDict(
             {str(size): PrincipalProjection(count, min(count, embedding_dim)) for size, count in channels.items()},
@@ -132,10 +135,11 @@ class ScoringModel(nn.Module):
         # What each trained scale has learned, from 0 to 1; NaN where that is not known.
         self.register_buffer("learned", torch.full((len(self.patch_sizes),), math.nan))
 
-    def _make_networks_of_training(self, num_components: int, defect_prediction: bool) -> None:
+    def _make_networks_of_training(self, num_components: int, defect_prediction: bool, whitened_density: bool) -> None:
         """Make the networks that only training needs, but for the scorer ``density``: one of each for every scale."""
+        density = WhitenedDensityEstimationNetwork if whitened_density else DensityEstimationNetwork
         self.density_networks = nn.ModuleDict(
-            {str(size): DensityEstimationNetwork(num_components, self.embedding_dim) for size in self.patch_sizes},
+            {str(size): density(num_components, self.embedding_dim) for size in self.patch_sizes},
         )
         self.location_networks = nn.ModuleDict(
             {str(size): LocationPredictionNetwork(self.embedding_dim) for size in self.patch_sizes},

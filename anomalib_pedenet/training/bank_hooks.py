@@ -13,7 +13,7 @@ from anomalib.models.components import MemoryBankMixin
 from torch.nn.modules.batchnorm import _BatchNorm  # of one process, and synchronised over several
 
 from anomalib_pedenet.data.normal_images import TrainingSet
-from anomalib_pedenet.loss import synthetic_weight
+from anomalib_pedenet.loss import share_to_learn
 from anomalib_pedenet.post_processor import lacks_thresholds, reset_metrics, set_thresholds
 from anomalib_pedenet.torch_model import PedenetModel
 from anomalib_pedenet.training.bank_building import build_memory_bank, threshold_of_training
@@ -150,4 +150,4 @@ class PedenetBankMixin(MemoryBankMixin):
     def _learned(self) -> dict[int, float]:
         """Return how much location prediction has learned at each trained size, from 0 (chance) to 1."""
         losses = {size: self._last_metrics[f"loss_lpn_{size}"] for size in self.model.patch_sizes}
-        return {size: 1 - float(synthetic_weight(loss)) for size, loss in losses.items()}
+        return {size: 1 - float(share_to_learn(loss)) for size, loss in losses.items()}

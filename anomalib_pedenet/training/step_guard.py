@@ -7,18 +7,20 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # of one process, and synchronised over several
 
+from anomalib_pedenet.whitened_density import WhitenedDensityEstimationNetwork
+
 
 class StepGuard:
     """Keeps a model as it was before a step that cannot be made.
 
     Whether a step is finite is known on the device only, and asking for it would make the host wait in every step. So
     nothing is asked: the fused optimizer is told on the device not to change weights and moments (as it is by a
-    gradient scaler), and running averages of batch normalisation, which the forward pass has updated already, are put
-    back where the flag says so.
+    gradient scaler), and running averages of batch normalisation and of the whitened density, which the forward pass
+    has updated already, are put back where the flag says so.
 
     Args:
         optimizer (torch.optim.Optimizer): Fused optimizer (``found_inf`` is an attribute of those).
-        module (nn.Module): Module whose batch normalisation is looked after.
+        module (nn.Module): Module whose running averages are looked after.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -35,7 +37,10 @@ class StepGuard:
 
     def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
         self.optimizer = optimizer
-        buffers = [buffer for layer in module.modules() if isinstance(layer, _BatchNorm) for buffer in layer.buffers()]
+        layers = [
+            layer for layer in module.modules() if isinstance(layer, _BatchNorm | WhitenedDensityEstimationNetwork)
+        ]
+        buffers = [buffer for layer in layers for buffer in layer.buffers()]
         # A vector for each type, so that a step costs a few launches and not one for each layer.
         types = {buffer.dtype for buffer in buffers}
         self._groups = [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in types]
@@ -56,7 +61,7 @@ class StepGuard:
         """
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         averages = [_flatten(group) for group in self._groups]
-        # Batch normalisation can hide from the loss that its averages have overflowed.
+        # Normalisation can hide from the loss that its averages have overflowed.
         checked = [loss.detach(), nn.utils.get_total_norm(gradients), *averages]
         is_skipped = ~torch.stack([torch.isfinite(value).all() for value in checked]).all()
         self.optimizer.found_inf = is_skipped.float()

@@ -8,7 +8,18 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "anomalib_pedenet"
 LAYERS = [
-    {"patches", "mixture", "networks", "loss", "anomaly_map", "region", "tiling", "false_alarms", "post_processor"},
+    {
+        "patches",
+        "mixture",
+        "whitened_density",
+        "networks",
+        "loss",
+        "anomaly_map",
+        "region",
+        "tiling",
+        "false_alarms",
+        "post_processor",
+    },
     {"scorers"},
     {"dense_embedding", "scales"},
     {"scoring_model"},

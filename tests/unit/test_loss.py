@@ -16,7 +16,7 @@ from anomalib_pedenet.loss import (
     defect_loss,
     density_loss,
     location_loss,
-    synthetic_weight,
+    share_to_learn,
     variance_loss,
 )
 from anomalib_pedenet.mixture import CovarianceType, GaussianMixture, estimate_mixture, log_density
@@ -163,9 +163,9 @@ def test_defect_prediction_joins_the_total_with_its_weight() -> None:
 def test_defect_prediction_counts_as_far_as_location_prediction_fails() -> None:
     chance = torch.tensor(8.0).log()
     losses = torch.stack([torch.tensor(0.0), chance / 2, chance, 2 * chance])
-    weights = torch.stack([synthetic_weight(loss) for loss in losses])
+    weights = torch.stack([share_to_learn(loss) for loss in losses])
     torch.testing.assert_close(weights, torch.tensor([0.0, 0.25, 1.0, 1.0]))
-    assert not synthetic_weight(losses.requires_grad_()[1]).requires_grad  # else failing would be a way to learn less
+    assert not share_to_learn(losses.requires_grad_()[1]).requires_grad  # else failing would be a way to learn less
 
 
 def test_the_weight_of_defect_prediction_is_in_the_total() -> None:

@@ -141,3 +141,12 @@ def test_shapes_and_types_are_checked() -> None:
         estimate_mixture(torch.zeros(10, 4), torch.ones(9, 2))
     with pytest.raises(ValueError, match="'diag' or 'full', got 'tied'"):
         estimate_mixture(torch.zeros(10, 4), torch.ones(10, 2), "tied")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("covariance_type", ["diag", "full"])
+def test_what_is_not_finite_stays_so_and_raises_nothing(covariance_type: str) -> None:
+    """A training leaves out such a step, and goes on."""
+    embeddings = torch.randn(20, 4)
+    embeddings[3, 1] = torch.nan
+    mixture = estimate_mixture(embeddings, torch.full((20, 2), 0.5), covariance_type)  # type: ignore[arg-type]
+    assert log_density(embeddings, mixture).isnan().all()
