@@ -118,7 +118,7 @@ def test_written_files_hold_the_defective_tile_and_its_mask(root: Path) -> None:
 
 def test_defects_fit_into_the_tile() -> None:
     for kind in KINDS:
-        for index in range(20):
+        for index in range(12):
             _, mask, _ = demo_data.make_defective_tile("brick", kind, index, seed=0)
             inside = mask[1:-1, 1:-1]
             assert inside.sum() == mask.sum(), (kind, index)

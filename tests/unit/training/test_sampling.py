@@ -18,7 +18,8 @@ from anomalib_pedenet.training.sampling import draw_views, sample_dense, sample_
 @pytest.fixture
 def network() -> PatchEmbeddingNetwork:
     torch.manual_seed(0)
-    return PatchEmbeddingNetwork(batch_norm=False)  # which mixes the patches of a batch
+    # Narrow, as thousands of patches are embedded one by one. Normalisation would mix the patches of a batch.
+    return PatchEmbeddingNetwork(small_channels=(8, 8, 16, 16, 16, 8, 8, 8), large_channels=16, batch_norm=False)
 
 
 def sample_crops(
