@@ -268,11 +268,12 @@ def test_a_recipe_beside_a_checkpoint_counts_where_it_is_not_as_by_default(recip
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "load"])
-def test_a_checkpoint_without_a_model_size_is_of_the_one_that_there_was(
+def test_a_checkpoint_of_earlier_defaults_keeps_its_networks(
     command: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run("train", data, None, TRAINED | {"model_size": "medium", "max_steps": 1})
+    then = {"model_size": "medium", "density_loss": "dagmm", "lambda_den": 1e-4, "max_steps": 1}
+    run("train", data, None, TRAINED | then)
     (path,) = tmp_path.rglob("latest/weights/lightning/model.ckpt")
     old = torch.load(path, weights_only=True)
     assert old["hyper_parameters"].pop("model_size") == "medium"
@@ -281,7 +282,7 @@ def test_a_checkpoint_without_a_model_size_is_of_the_one_that_there_was(
         model = Pedenet.load_from_checkpoint(tmp_path / "old.ckpt")
     else:
         model = run(command, data, tmp_path / "old.ckpt", {"max_steps": 3} if command == "train" else {})
-    assert model.hparams.model_size == "medium"
+    assert (model.hparams.model_size, model.hparams.density_loss) == ("medium", "dagmm")
     if command != "train":
-        name = "model.embedding_network.small_encoder.0.weight"
-        assert model.state_dict()[name].equal(old["state_dict"][name])
+        for name in ("model.embedding_network.small_encoder.0.weight", "model.density_networks.32.0.weight"):
+            assert model.state_dict()[name].equal(old["state_dict"][name])
