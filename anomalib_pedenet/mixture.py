@@ -18,7 +18,7 @@ import torch
 
 CovarianceType = Literal["diag", "full"]
 
-# A component that fewer embeddings choose has mean 0, and next to no variance.
+# A component that fewer embeddings choose is drawn to mean 0, with next to no variance.
 _MIN_WEIGHT = 1e-4
 
 

@@ -71,7 +71,8 @@ class Recipe:
             Defaults to ``"diag"``.
         covariance_jitter (float): Added to the diagonals of Eq. 9's covariances. Defaults to ``1e-3``.
         cuda_graph (bool): Whether steps on a GPU are recorded and launched as a whole, which takes a fraction of the
-            time. Several processes, full covariances and patch-by-patch training do without. Defaults to ``True``.
+            time. Several processes, Eq. 9's full covariances and patch-by-patch training do without. Defaults to
+            ``True``.
 
     Example:
         >>> from anomalib_pedenet import Pedenet

@@ -19,6 +19,7 @@ from anomalib_pedenet.torch_model import PedenetModel
 from anomalib_pedenet.training.bank_building import build_memory_bank, threshold_of_training
 from anomalib_pedenet.training.held_back import HeldBack
 from anomalib_pedenet.training.preparation import set_region
+from anomalib_pedenet.whitened_density import WhitenedDensityEstimationNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +74,14 @@ class PedenetBankMixin(MemoryBankMixin):
             yield
 
     def _average_running_statistics(self) -> None:
-        """Make the running averages of batch normalisation those of all processes, so that all build the same bank."""
+        """Make the running averages of the networks those of all processes, so that all build the same bank."""
         if self.trainer.world_size == 1:
             return
         for layer in self.model.modules():
-            if isinstance(layer, _BatchNorm):
-                for buffer in (layer.running_mean, layer.running_var):
-                    buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
+            if isinstance(layer, _BatchNorm | WhitenedDensityEstimationNetwork):
+                for buffer in layer.buffers():
+                    if buffer.is_floating_point():  # and no count of batches, which is the same everywhere
+                        buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
 
     def _refresh_bank(self) -> None:
         """Build the memory bank if it is not that of the present weights."""

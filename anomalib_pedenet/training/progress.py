@@ -65,8 +65,8 @@ class Progress:
         self._has_warned_of_collapse = True
         logger.warning(
             "The embeddings have collapsed (spread %.3f after %d steps, below %.2f): patches can hardly be told "
-            "apart and the anomaly map will be poor. Lower lambda_den and lambda_reg, or raise density_warmup, "
-            "lambda_var or min_std.",
+            "apart and the anomaly map will be poor. Raise lambda_var or min_std, "
+            "or lower lambda_den where density_loss is not whitened.",
             spread,
             step,
             COLLAPSE_SPREAD,
@@ -92,7 +92,7 @@ class Progress:
                 msg = (
                     f"The training loss or its gradients are not finite after {step} steps, "
                     f"{MAX_SKIPPED_IN_ROW} in a row of which were skipped ({values}): lower learning_rate or "
-                    "lambda_den, or raise covariance_jitter. Earlier checkpoints are untouched."
+                    "lambda_den. Earlier checkpoints are untouched."
                 )
                 raise ValueError(msg)
         if any(are_skipped):

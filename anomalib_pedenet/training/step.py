@@ -127,7 +127,7 @@ class TrainingStep:
             logger.warning("Training steps could not be recorded as a CUDA graph and take longer: %s", error)
         else:
             logger.info("Training steps are recorded as a CUDA graph.")
-        # Recording makes some steps to warm up: batch normalisation must not remember them.
+        # Recording makes some steps to warm up: running averages must not remember them.
         for buffer, value in zip(self._joint.buffers(), state, strict=True):
             buffer.copy_(value)
 

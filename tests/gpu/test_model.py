@@ -21,6 +21,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 SMALL: dict[str, Any] = {"image_size": (144, 160), "max_steps": 6, "steps_per_image": 1, "crops_per_step": 1}
 
 
+_AVERAGED = ("embedding_network.", "density_networks.")
+"""Networks that keep running averages."""
+
+
 @pytest.fixture(autouse=True)
 def _without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolve in float32, as a CPU does: by default cuDNN rounds their inputs to 10 bits."""
@@ -49,11 +53,14 @@ def checkpoint(dataset_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return Path(trained.best_model_path)
 
 
+# Without location prediction the density counts from the start.
+@pytest.mark.parametrize("lambda_lpn", [1.0, 0.0])
 def test_a_recorded_step_is_that_of_single_launches(
-    dataset_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    lambda_lpn: float, dataset_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The same crops, losses and running averages, so that recording itself leaves no trace."""
     options = SMALL | {"seed": 0, "train_precision": "float32", "density_warmup": 0.0, "max_steps": 2}
+    options |= {"lambda_lpn": lambda_lpn}
     losses, averages = [], []
     for cuda_graph in (True, False):
         with caplog.at_level("INFO", "anomalib_pedenet"):
@@ -63,7 +70,7 @@ def test_a_recorded_step_is_that_of_single_launches(
         caplog.clear()
         metrics = trained.trainer.callback_metrics
         losses.append({name: value.item() for name, value in metrics.items() if name.startswith(("loss_", "train_"))})
-        averages.append({n: b.float() for n, b in trained.model.model.named_buffers() if "small_encoder" in n})
+        averages.append({n: b.float() for n, b in trained.model.model.named_buffers() if n.startswith(_AVERAGED)})
     assert losses[0] == pytest.approx(losses[1], rel=2e-3, abs=1e-5)
     for name, average in averages[0].items():
         torch.testing.assert_close(average, averages[1][name], rtol=2e-3, atol=1e-3)

@@ -212,6 +212,15 @@ def test_other_ways_to_train(datamodule: MVTecAD, tmp_path: Path, options: dict[
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
 
 
+def test_the_whitened_density_alone_teaches_its_networks(datamodule: MVTecAD, tmp_path: Path) -> None:
+    options = {"lambda_lpn": 0.0, "lambda_syn": 0.0, "lambda_var": 0.0, "density_warmup": 0.0, "max_steps": 6}
+    model = Pedenet(**SMALL | options)
+    networks = (*model.model.density_networks.parameters(), *model.model.embedding_network.parameters())
+    before = [parameter.clone() for parameter in networks]
+    train(datamodule, tmp_path, model)
+    assert not any(torch.equal(*pair) for pair in zip(before, networks, strict=True))
+
+
 @pytest.mark.parametrize("mode", ["dense", "patchwise"])
 def test_compactness_draws_neighbouring_patches_together(datamodule: MVTecAD, tmp_path: Path, mode: str) -> None:
     """With a heavy weight the distance of nearly equal patches shrinks, which without it is what it happens to be."""
@@ -326,7 +335,7 @@ def test_collapse_is_said_once_with_its_remedy(
     with caplog.at_level(logging.WARNING, logger="anomalib_pedenet"):
         train(datamodule, tmp_path, model, limit_val_batches=0)
     (warning,) = [record.getMessage() for record in caplog.records if "collapsed" in record.getMessage()]
-    assert "Lower lambda_den" in warning
+    assert "Raise lambda_var" in warning
 
 
 def test_same_seed_same_weights(datamodule: MVTecAD, tmp_path: Path) -> None:
