@@ -104,5 +104,5 @@ def test_a_step_is_profiled(data: list[str]) -> None:
     table = run("step.py", *data, "--set", "{image_size: [144, 160], crops_per_step: 1}", "--steps", "3")
     figures = dict(line.rsplit(maxsplit=1) for line in table.splitlines() if line.startswith(("GFLOP", "steps per")))
     assert float(figures["steps per second"]) > 0
-    # The small encoder alone takes 1.2 GMAC for a crop, forwards; backwards twice as much; three views.
-    assert 20 < float(figures["GFLOP per step"]) < 25
+    # The small encoder alone takes 0.4 GMAC for a crop, forwards; backwards twice as much; three views.
+    assert 7.2 < float(figures["GFLOP per step"]) < 10
