@@ -4,7 +4,7 @@
 """What the arguments of ``Pedenet`` may be, and the model and loss that they make."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,6 +29,11 @@ Purpose = Literal["load", "resume", "evaluate", "export"]
 
 # What each argument is of; all others are of the training. See `check_changes`.
 _FIXED = ("image_size", "patch_sizes", "model_size", "embedding_dim", "num_components", "batch_norm")
+# Arguments that only choose between networks: what their values mean to those.
+_CHOOSE_NETWORKS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "lambda_syn": lambda hparams: hparams["lambda_syn"] > 0,
+    "density_loss": lambda hparams: hparams["density_loss"] == "whitened",
+}
 _OF_A_WHOLE_TRAINING = ("seed", "learning_rate", "lr_schedule")
 _OF_THE_BANK = ("roi", "scored_sizes", "scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight")
 _OF_SCORING = ("stride", "combination")
@@ -162,8 +167,8 @@ def make_model(hparams: Any) -> PedenetModel:  # noqa: ANN401 - Lightning's, whi
             position_weight=hparams.position_weight,
             batch_norm=hparams.batch_norm,
             model_size=hparams.model_size,
-            defect_prediction=hparams.lambda_syn > 0,
-            whitened_density=hparams.density_loss == "whitened",
+            defect_prediction=_CHOOSE_NETWORKS["lambda_syn"](hparams),
+            whitened_density=_CHOOSE_NETWORKS["density_loss"](hparams),
         )
 
 
@@ -229,9 +234,8 @@ def check_changes(names: Sequence[str], ours: Mapping[str, Any], saved: Mapping[
     """
     for name in names:
         asked = f"The checkpoint was trained with {name}={saved[name]}, and {name}={ours[name]} was asked for"
-        drops_network = (name == "lambda_syn" and bool(ours[name]) != bool(saved[name])) or (
-            name == "density_loss" and "whitened" in {ours[name], saved[name]}
-        )
+        choose = _CHOOSE_NETWORKS.get(name)
+        drops_network = choose is not None and choose(ours) != choose(saved)
         is_fixed = name in _FIXED and not (name == "image_size" and purpose == "load")
         if is_fixed or drops_network:
             msg = f"{asked}, which its weights do not fit: leave {name} out, or train a new model with it."

@@ -108,32 +108,21 @@ class WhitenedDensityEstimationNetwork(nn.Module):
             covariance = centered.T @ centered / len(centered)
             whitened = _whiten(centered, covariance)
             responsibilities = self.layers(whitened)
-            self._remember(mean, covariance)
-            moments = self._average(Moments.of(whitened, responsibilities))
+            moments = self._remember(mean, covariance, Moments.of(whitened, responsibilities))
             return WhitenedMixture(whitened, responsibilities, moments.mixture(_JITTER))
 
-    @torch.no_grad()
-    def _remember(self, mean: torch.Tensor, covariance: torch.Tensor) -> None:
-        """Average the projections' mean and covariance with those of earlier batches."""
-        share = self._share_of_batch()
-        self.mean.lerp_(mean, share)
-        self.covariance.lerp_(covariance, share)
-
-    def _average(self, moments: Moments) -> Moments:
-        """Average moments with those of earlier batches, and count the batch."""
-        share = self._share_of_batch()
-        earlier = (self.weights, self.firsts, self.seconds)
-        averages = Moments(*(old.lerp(new, share) for old, new in zip(earlier, moments, strict=True)))
+    def _remember(self, mean: torch.Tensor, covariance: torch.Tensor, moments: Moments) -> Moments:
+        """Average what a batch has with what earlier ones had, and return the moments' averages, differentiable."""
+        is_first = (self.num_batches == 0).to(mean)
+        share = _BATCH_SHARE + (1 - _BATCH_SHARE) * is_first  # the first counts alone
+        buffers = (self.mean, self.covariance, self.weights, self.firsts, self.seconds)
+        batch = (mean.detach(), covariance.detach(), *moments)
+        averages = [old.lerp(new, share) for old, new in zip(buffers, batch, strict=True)]
         with torch.no_grad():
-            for buffer, average in zip(earlier, averages, strict=True):
+            for buffer, average in zip(buffers, averages, strict=True):
                 buffer.copy_(average)
             self.num_batches.add_(1)
-        return averages
-
-    def _share_of_batch(self) -> torch.Tensor:
-        """Return how much a batch counts in the moving averages: all in the first."""
-        is_first = (self.num_batches == 0).to(self.mean)
-        return _BATCH_SHARE + (1 - _BATCH_SHARE) * is_first
+        return Moments(*averages[2:])
 
 
 def _whiten(centered: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from anomalib.models.components import MemoryBankMixin
-from torch.nn.modules.batchnorm import _BatchNorm  # of one process, and synchronised over several
 
 from anomalib_pedenet.data.normal_images import TrainingSet
 from anomalib_pedenet.loss import share_to_learn
@@ -19,7 +18,7 @@ from anomalib_pedenet.torch_model import PedenetModel
 from anomalib_pedenet.training.bank_building import build_memory_bank, threshold_of_training
 from anomalib_pedenet.training.held_back import HeldBack
 from anomalib_pedenet.training.preparation import set_region
-from anomalib_pedenet.whitened_density import WhitenedDensityEstimationNetwork
+from anomalib_pedenet.training.step_guard import running_averages
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +76,9 @@ class PedenetBankMixin(MemoryBankMixin):
         """Make the running averages of the networks those of all processes, so that all build the same bank."""
         if self.trainer.world_size == 1:
             return
-        for layer in self.model.modules():
-            if isinstance(layer, _BatchNorm | WhitenedDensityEstimationNetwork):
-                for buffer in layer.buffers():
-                    if buffer.is_floating_point():  # and no count of batches, which is the same everywhere
-                        buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
+        for buffer in running_averages(self.model):
+            if buffer.is_floating_point():  # and no count of batches, which is the same everywhere
+                buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
 
     def _refresh_bank(self) -> None:
         """Build the memory bank if it is not that of the present weights."""

@@ -37,10 +37,7 @@ class StepGuard:
 
     def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
         self.optimizer = optimizer
-        layers = [
-            layer for layer in module.modules() if isinstance(layer, _BatchNorm | WhitenedDensityEstimationNetwork)
-        ]
-        buffers = [buffer for layer in layers for buffer in layer.buffers()]
+        buffers = running_averages(module)
         # A vector for each type, so that a step costs a few launches and not one for each layer.
         types = {buffer.dtype for buffer in buffers}
         self._groups = [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in types]
@@ -71,6 +68,12 @@ class StepGuard:
                 group, [value.view_as(buffer) for value, buffer in zip(values, group, strict=True)]
             )
         return is_skipped
+
+
+def running_averages(module: nn.Module) -> list[torch.Tensor]:
+    """Return the buffers of a module that its forward passes change in training."""
+    layers = (layer for layer in module.modules() if isinstance(layer, _BatchNorm | WhitenedDensityEstimationNetwork))
+    return [buffer for layer in layers for buffer in layer.buffers()]
 
 
 def _flatten(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -89,8 +89,14 @@ OTHER: dict[str, Any] = {
 }
 
 # The density loss decides what the density estimation network sees.
-OF_THE_WEIGHTS = {"image_size", "patch_sizes", "model_size", "embedding_dim", "num_components", "batch_norm"} | {
-    "density_loss"
+OF_THE_WEIGHTS = {
+    "image_size",
+    "patch_sizes",
+    "model_size",
+    "embedding_dim",
+    "num_components",
+    "batch_norm",
+    "density_loss",
 }
 OF_THE_BANK = {"roi", "scored_sizes", "scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight"}
 ALWAYS_USED = {"stride", "combination", "post_processor", "evaluator", "visualizer"}

@@ -35,7 +35,7 @@ class Density(nn.Module):
         self.network = WhitenedDensityEstimationNetwork(2, 3, 2)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        return maps + whitened_density_loss(self.network.estimate(maps.flatten().unflatten(0, (-1, 1)).expand(-1, 3)))
+        return maps + whitened_density_loss(self.network.estimate(maps.reshape(-1, 1).expand(-1, 3)))
 
 
 def make() -> tuple[nn.Module, torch.optim.Optimizer]:
