@@ -10,12 +10,13 @@ from typing import Any, Literal, get_args
 import torch
 
 from anomalib_pedenet.anomaly_map import Combination
+from anomalib_pedenet.kinds import AUTO_SCORER
 from anomalib_pedenet.loss import DensityLossType, PedenetLoss
 from anomalib_pedenet.mixture import CovarianceType
 from anomalib_pedenet.networks import ModelSize
 from anomalib_pedenet.patches import BASE_STRIDE, MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE, minimum_training_size
 from anomalib_pedenet.recipe import LearningRateSchedule, TrainingMode
-from anomalib_pedenet.scales import AUTO_SCORER, default_scored_sizes
+from anomalib_pedenet.scales import default_scored_sizes
 from anomalib_pedenet.scorers import Coreset
 from anomalib_pedenet.scorers.nearest_neighbor import check_bank_size
 from anomalib_pedenet.torch_model import PedenetModel

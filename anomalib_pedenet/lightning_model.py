@@ -86,17 +86,19 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
             Smaller is slower and finer. May be changed for a trained checkpoint. ``None`` for a loaded checkpoint's,
             else 8. Defaults to ``None``.
         combination (str | None): How the maps of the scales become one: ``"product"`` (geometric mean), ``"mean"``, or
-            ``"auto"`` for a soft maximum with the scorer ``"gaussian_mixture"`` and else the product. May be changed
-            for a trained checkpoint. ``None`` for a loaded checkpoint's, else ``"auto"``. Defaults to ``None``.
+            ``"auto"`` for a soft maximum on loose parts and surfaces, and with the scorer ``"gaussian_mixture"``, and
+            else the product. May be changed for a trained checkpoint. ``None`` for a loaded checkpoint's, else
+            ``"auto"``. Defaults to ``None``.
         scorer (str | dict | None): How embeddings are compared with normal ones. ``"auto"`` chooses from the normal
-            images: ``"exact"`` where all images show a part in the same place, so that each patch is compared with
-            normal ones of its place, and else ``"gaussian_mixture"``. Nearest neighbour: ``"exact"``, ``"local"`` (same
-            place of the image only), or with faiss ``"faiss_flat"``, ``"faiss_ivf"``, ``"faiss_hnsw"``,
-            ``"faiss_pq"``. Densities: ``"gaussian_mixture"`` (48 Gaussians), ``"density"`` (the DE
-            network's mixture), ``"mahalanobis"`` (a Gaussian for each place). One-class models: ``"ocsvm"``,
-            ``"svdd"``. With arguments: a ``class_path`` (a name, or the path of a subclass of
-            ``anomalib_pedenet.scorers.Scorer``) and ``init_args``. ``None`` for a loaded checkpoint's, else ``"auto"``.
-            Defaults to ``None``.
+            images: ``"ppca"`` where all images show a part in the same place, so that each patch is compared with
+            normal ones of its place; ``"exact"`` for loose parts, with whitened embeddings; and
+            ``"gaussian_mixture"`` for surfaces, less the mean of each place. Nearest neighbour: ``"exact"``,
+            ``"local"`` (same place of the image only), or with faiss ``"faiss_flat"``, ``"faiss_ivf"``,
+            ``"faiss_hnsw"``, ``"faiss_pq"``. Densities: ``"gaussian_mixture"`` (48 Gaussians), ``"density"`` (the DE
+            network's mixture), ``"mahalanobis"`` (a Gaussian for each place), ``"ppca"`` (likewise, of four
+            directions). One-class models: ``"ocsvm"``, ``"svdd"``. With arguments: a ``class_path`` (a name, or the
+            path of a subclass of ``anomalib_pedenet.scorers.Scorer``) and ``init_args``. ``None`` for a loaded
+            checkpoint's, else ``"auto"``. Defaults to ``None``.
         bank_size (float): Largest number of rows of each scale's memory bank, chosen from the embeddings of all
             training images; below 1, as a fraction of them (0.1: a tenth). Memory, export size and search time grow
             with it. Defaults to ``5_000``.
@@ -108,8 +110,9 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
         bank_seed (int): Seed of the bank and of other scorers. Defaults to ``0``.
         position_weight (float | str): How much a patch's distance from the place of a normal patch counts when the two
             are compared, per length of the image's longer side. ``0`` compares with patches from anywhere (unaligned
-            parts, surfaces), ``32`` with those of nearly the same place (aligned parts). ``"auto"`` chooses from the
-            normal images. Defaults to ``"auto"``.
+            parts, surfaces), ``32`` with those of nearly the same place (aligned parts). With ``scorer="auto"`` any
+            weight above 0 says that parts are aligned, and 0 that they are not. ``"auto"`` chooses from the normal
+            images. Defaults to ``"auto"``.
         model_size (str): Width of the small encoder: ``"small"``, or ``"medium"``, as in Patch-SVDD, which takes three
             times as long. Defaults to ``"small"``.
         max_steps (int): Training length in optimizer steps. A smaller ``Trainer`` limit (``max_steps``, ``max_epochs``)

@@ -6,6 +6,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from anomalib_pedenet.kinds import AUTO_SCORER
 from anomalib_pedenet.patches import SUB_PATCH_SIZE
 
 MIN_SCALE_WEIGHT = 0.2
@@ -13,12 +14,6 @@ MIN_SCALE_WEIGHT = 0.2
 
 SCORED_MID_LEVEL_SIZES = (16, 24)
 """Sides in pixels of the mid-level patches that are scored by default."""
-
-AUTO_SCORER = "auto"
-"""The scorer that :meth:`anomalib_pedenet.PedenetModel.calibrate` replaces by one of the next two."""
-
-SCORER_BY_PLACE, SCORER_ANYWHERE = "exact", "gaussian_mixture"
-"""Scorers where parts are aligned, so that patches are compared with normal ones of their place, and where not."""
 
 # In a product of several mid-level scales the finest counts the less the more was learned: nothing from one half on.
 _FINEST_UNTIL = 0.5
@@ -33,13 +28,16 @@ def default_scored_sizes(patch_sizes: Sequence[int], scorer: str | Mapping[str, 
 
     Returns:
         tuple[int, ...]: Mid-level patches and the sub-patches, which between them find fine and coarse defects and of
-            which :func:`weigh` leaves some out; the paper's patches too where it may turn out that
-            they count; and those alone where those alone are trained.
+            which :func:`weigh` leaves some out; the paper's patches too where they count; and those alone where those
+            alone are trained.
     """
     smallest = min(patch_sizes)
     if smallest != SUB_PATCH_SIZE:
         return (smallest,)
-    return (*SCORED_MID_LEVEL_SIZES, *(sorted(patch_sizes) if scorer in (AUTO_SCORER, SCORER_ANYWHERE) else [smallest]))
+    return (
+        *SCORED_MID_LEVEL_SIZES,
+        *(sorted(patch_sizes) if scorer in (AUTO_SCORER, "gaussian_mixture") else [smallest]),
+    )
 
 
 def weigh(
@@ -49,16 +47,16 @@ def weigh(
 
     Where location prediction stays at chance, as on surfaces that look alike everywhere, the embeddings it is asked
     of have lost what they had at the start and gained nothing; what comes before them in the encoder has lost less.
-    So a trained scale counts as far as it has learned; in the soft maximum, by the root of that. Mid-level ones
-    count 1, but of several in a product the finest counts the less the more the smallest trained scale has learned,
-    and not at all from one half on.
+    So a trained scale counts as far as it has learned, or by the root of that. Mid-level ones count 1. But nearest
+    neighbours, which do not go by the root, find too much on the finest one where parts are aligned: of several it
+    counts the less the more the smallest trained scale has learned, and not at all from one half on.
 
     Args:
         sizes (Sequence[int]): Scored scales, the finest first.
         trained (Sequence[int]): Scales that are trained.
         learned (Mapping[int, float]): For each of those, from 0, nothing (location prediction at chance), to 1;
             empty if that is not known, to weigh the scales alike.
-        by_root (bool): Whether the maps are joined by the soft maximum.
+        by_root (bool): Whether a scale counts by the root of that, and the finest one whatever was learned.
 
     Returns:
         dict[int, float]: A weight for each scale: 0 for those that count less than :data:`MIN_SCALE_WEIGHT`, which are

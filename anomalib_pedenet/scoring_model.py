@@ -19,6 +19,7 @@ from torch import nn
 
 from anomalib_pedenet.anomaly_map import Combination, combine_maps, measure_maps, scores_to_map, soft_maximum
 from anomalib_pedenet.dense_embedding import embed_images
+from anomalib_pedenet.kinds import AUTO_SCORER, KINDS, LOOSE, Kind, kind_of_number
 from anomalib_pedenet.networks import (
     SMALL_CHANNELS,
     DefectPredictionNetwork,
@@ -29,10 +30,11 @@ from anomalib_pedenet.networks import (
 )
 from anomalib_pedenet.patches import MID_LEVEL_SIZES, PATCH_SIZE, SUB_PATCH_SIZE
 from anomalib_pedenet.region import RegionOfInterest
-from anomalib_pedenet.scales import AUTO_SCORER, SCORER_ANYWHERE, SCORER_BY_PLACE, default_scored_sizes
+from anomalib_pedenet.scales import default_scored_sizes
 from anomalib_pedenet.scorers import Coreset, Scorer, make_scorer, scorer_class
 from anomalib_pedenet.scorers.position import PositionEncoding
 from anomalib_pedenet.scorers.projection import PrincipalProjection
+from anomalib_pedenet.scorers.whitening import Whitening
 from anomalib_pedenet.tiling import check_tiler, from_tiles, to_tiles
 from anomalib_pedenet.whitened_density import WhitenedDensityEstimationNetwork
 
@@ -78,7 +80,7 @@ class ScoringModel(nn.Module):
         scored_sizes: Sequence[int] | None = None,
         stride: int = 8,
         combination: Combination = "auto",
-        scorer: str | Mapping[str, Any] = SCORER_BY_PLACE,
+        scorer: str | Mapping[str, Any] = "exact",
         bank_size: float = 5_000,
         coreset: Coreset = "auto",
         embedding_dim: int = 64,
@@ -92,7 +94,6 @@ class ScoringModel(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_sizes = tuple(sorted(patch_sizes))
-        self.uses_default_sizes = scored_sizes is None
         self.scored_sizes = tuple(sorted(scored_sizes or default_scored_sizes(patch_sizes, scorer)))
         self.stride = stride
         self.combination = combination
@@ -116,6 +117,7 @@ class ScoringModel(nn.Module):
         self.projections = nn.ModuleDict(
             {str(size): PrincipalProjection(count, min(count, embedding_dim)) for size, count in channels.items()},
         )
+        self.whitenings = nn.ModuleDict({str(size): Whitening() for size in self.scored_sizes})
         self.set_scorer(scorer)
         weight = 0.0 if position_weight == "auto" else position_weight
         self.position_encodings = nn.ModuleDict({str(size): PositionEncoding(weight) for size in self.scored_sizes})
@@ -159,12 +161,20 @@ class ScoringModel(nn.Module):
             ImportError: If it needs a library that is not installed.
         """
         self.scorer = scorer
-        self._use_scorer(SCORER_ANYWHERE if scorer == AUTO_SCORER else scorer)
+        self.kind: Kind | None = None
+        self._use_scorer(scorer) if scorer != AUTO_SCORER else self._use_kind(LOOSE)  # until calibration tells
+
+    def _use_kind(self, kind: Kind) -> None:
+        """Take the scorer for a kind of images, not fitted, at every scale."""
+        self.kind = kind
+        self._use_scorer(kind.scorer)
 
     def _use_scorer(self, scorer: str | Mapping[str, Any]) -> None:
-        """Take a scorer, not fitted and not to be chosen any more, at every scale."""
+        """Take a scorer, not fitted, at every scale, and leave embeddings as they are."""
         self.scorer_in_use = scorer
         self.scorers = nn.ModuleDict({str(size): self._make_scorer(size) for size in self.scored_sizes})
+        for whitening in self.whitenings.values():
+            whitening.reset()
 
     def _make_scorer(self, size: int) -> Scorer:
         """Return a scorer, not fitted, for a scale."""
@@ -191,31 +201,33 @@ class ScoringModel(nn.Module):
         return {size: weight for size, weight in weights if weight > 0}
 
     def get_extra_state(self) -> torch.Tensor:
-        """Return the scales' weights, and 1 if an ``"auto"`` scorer compares by place, else 0, ``[S + 1]``.
+        """Return the scales' weights, and the number of the images' kind (0 without one), ``[S + 1]``.
 
         It is a tensor like all else in a checkpoint.
         """
-        by_place = float(self.scorer_in_use == SCORER_BY_PLACE)
-        return torch.tensor([*self._scale_weights, by_place], dtype=torch.float64)
+        kind = 0 if self.kind is None else KINDS.index(self.kind)
+        return torch.tensor([*self._scale_weights, kind], dtype=torch.float64)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Take the scales' weights and the scorer that was chosen from a checkpoint.
+        """Take the scales' weights and the kind of the images from a checkpoint.
 
         Raises:
-            ValueError: If they are those of another number of scales.
+            ValueError: If they are those of another number of scales, or of a later version.
         """
-        *weights, by_place = state.tolist()
+        *weights, kind = state.tolist()
         if len(weights) != len(self.scored_sizes):
             msg = f"The state holds the weights of {len(weights)} scored sizes, but the model has {self.scored_sizes}."
             raise ValueError(msg)
         self._scale_weights = weights
         if self.scorer == AUTO_SCORER:
             # Before their own state is loaded, as that of all parts of a module is after the module's.
-            self._use_scorer(SCORER_BY_PLACE if by_place else SCORER_ANYWHERE)
+            self._use_kind(kind_of_number(int(kind)))
 
     @property
     def _is_soft_maximum(self) -> bool:
-        return self.combination == "auto" and self.scorer_in_use == SCORER_ANYWHERE
+        if self.combination != "auto":
+            return False
+        return self.scorer_in_use == "gaussian_mixture" if self.kind is None else self.kind.is_soft_maximum
 
     def check_is_fitted(self) -> None:
         """Check that there is something to score with, a memory bank for instance.
@@ -361,7 +373,7 @@ class ScoringModel(nn.Module):
 
     def _arrange(self, grid: torch.Tensor, size: int, images: torch.Tensor, stride: int) -> torch.Tensor:
         """Arrange the embeddings ``[B, Z, h, w]`` of images as their scorer takes them, ``[B, h, w, Z or Z + 2]``."""
-        grid = self._project(grid, size)
+        grid = self.whitenings[str(size)](self._project(grid, size))
         if self.scorers[str(size)].encodes_position:
             grid = self.position_encodings[str(size)](grid, images.shape[-2:], stride)
         return grid.permute(0, 2, 3, 1)

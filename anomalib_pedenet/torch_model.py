@@ -9,15 +9,15 @@ standardisation, calibration, scorers, limit of what is normal. A fitted model c
 
 import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from typing import Any
 
 import torch
 from torch.nn.functional import max_pool2d
 
 from anomalib_pedenet.anomaly_map import measure_normal
 from anomalib_pedenet.dense_embedding import STRIP_PIXELS
+from anomalib_pedenet.kinds import ALIGNED, AUTO_SCORER, share_of_place, unaligned_kind
 from anomalib_pedenet.patches import BASE_STRIDE
-from anomalib_pedenet.scales import AUTO_SCORER, SCORER_ANYWHERE, SCORER_BY_PLACE, default_scored_sizes, weigh
+from anomalib_pedenet.scales import weigh
 from anomalib_pedenet.scorers import scorer_class
 from anomalib_pedenet.scorers.position import choose_weight
 from anomalib_pedenet.scoring_model import ScoringModel
@@ -50,10 +50,8 @@ class PedenetModel(ScoringModel):
         """
         for index, size in enumerate(self.patch_sizes):
             self.learned[index] = learned.get(size, math.nan)
-        scored = self.scored_sizes
-        if self.scorer == AUTO_SCORER and self.uses_default_sizes:
-            scored = default_scored_sizes(self.patch_sizes, self.scorer_in_use)
-        weights = weigh(scored, self.patch_sizes, learned, by_root=self._is_soft_maximum)
+        by_root = self.scorer == AUTO_SCORER or self._is_soft_maximum
+        weights = weigh(self.scored_sizes, self.patch_sizes, learned, by_root)
         self._scale_weights = [weights.get(size, 0.0) for size in self.scored_sizes]
 
     @torch.no_grad()
@@ -126,48 +124,52 @@ class PedenetModel(ScoringModel):
         if learned is None:  # as when a trained model is fitted again
             known = dict(zip(self.patch_sizes, self.learned.tolist(), strict=True))
             learned = {size: value for size, value in known.items() if not math.isnan(value)}
-        if not chooses and learned:
+        if chooses or learned:
             self.weigh_scales(learned)
         tiles = to_tiles(images, self.tiler)
         grids = self._embed(tiles, stride, self.scored_sizes if chooses else None)
         image_size = (tiles.shape[-2], tiles.shape[-1])
-        calibrated = None
         if chooses:
-            smallest = min(self.patch_sizes)
-            reference = smallest if smallest in self.scored_sizes else max(self.scored_sizes)
-            self._calibrate_scale(reference, grids[reference], image_size, stride, SCORER_BY_PLACE)
-            is_aligned = float(self.position_encodings[str(reference)].weight) > 0
-            chosen = SCORER_BY_PLACE if is_aligned else SCORER_ANYWHERE
-            calibrated = reference if is_aligned else None  # for that scorer
-            if chosen != self.scorer_in_use:  # else what was fitted before stays in use until the next fit is done
-                self._use_scorer(chosen)
-            self.weigh_scales(learned)
+            self._choose_kind(grids, image_size, stride)
         for size in self.scale_shares:
-            if size == calibrated:
-                continue
-            self._calibrate_scale(size, grids[size], image_size, stride, self.scorer_in_use)
+            self._calibrate_scale(size, grids[size], image_size, stride)
         weights = {size: float(self.position_encodings[str(size)].weight) for size in self.scale_shares}
         return weights if scorer_class(self.scorer_in_use).encodes_position else dict.fromkeys(weights, 0.0)
 
-    def _calibrate_scale(
-        self,
-        size: int,
-        grid: torch.Tensor,
-        image_size: tuple[int, int],
-        stride: int,
-        scorer: str | Mapping[str, Any],
-    ) -> None:
-        """Fit the projection of a scale and choose the weight of the position for a scorer, unless it is given."""
+    def _calibrate_scale(self, size: int, grid: torch.Tensor, image_size: tuple[int, int], stride: int) -> None:
+        """Fit a scale's projection and whitening, and choose the weight of the position, unless it is given."""
+        visible = self._shown_patches(image_size, size, stride)
         if str(size) in self.projections:
-            visible = grid[..., self._shown_patches(image_size, size, stride)]  # [N, channels, P]
-            self.projections[str(size)].fit(visible[:, :, None])
+            self.projections[str(size)].fit(grid[..., visible][:, :, None])  # [N, channels, 1, P]
+        grid = self._project(grid, size)
         if self.position_weight == "auto":
             weight = 0.0
-            if self.tiler is None and scorer_class(scorer).encodes_position:
-                # The edge of what is hidden lies in the same place of all images, whatever they show.
-                whole = self.region.whole_patches(image_size, size, stride)
-                weight = choose_weight(self._project(grid, size), image_size, stride, chosen=whole)
+            if self.kind is None and scorer_class(self.scorer_in_use).encodes_position:
+                weight = self._choose_position_weight(grid, size, image_size, stride)
             self.position_encodings[str(size)].weight.fill_(weight)
+        if self.kind is not None and self.kind.is_whitened:
+            by_place = self.kind.has_means and self.tiler is None  # tiles have no place
+            self.whitenings[str(size)].fit(grid, by_place, visible)
+
+    def _choose_kind(self, grids: Mapping[int, torch.Tensor], image_size: tuple[int, int], stride: int) -> None:
+        """Choose the kind of the images, and with it the scorer, by embeddings ``[N, Z, h, w]`` of the scored sizes."""
+        smallest = min(self.patch_sizes)
+        size = smallest if smallest in grids else max(grids)
+        weight = self.position_weight
+        if weight == "auto":
+            weight = self._choose_position_weight(grids[size], size, image_size, stride)
+        share = share_of_place(grids[size], self._shown_patches(image_size, size, stride))
+        kind = ALIGNED if weight > 0 else unaligned_kind(share)
+        if kind != self.kind:  # else what was fitted before stays in use until the next fit is done
+            self._use_kind(kind)
+
+    def _choose_position_weight(self, grid: torch.Tensor, size: int, image_size: tuple[int, int], stride: int) -> float:
+        """Choose the weight of the position at a scale, by embeddings ``[N, Z, h, w]``."""
+        if self.tiler is not None:
+            return 0.0
+        # The edge of what is hidden lies in the same place of all images, whatever they show.
+        whole = self.region.whole_patches(image_size, size, stride)
+        return choose_weight(grid, image_size, stride, chosen=whole)
 
     @torch.no_grad()
     def fit_normal_limit(self, images: torch.Tensor) -> None:
@@ -224,7 +226,8 @@ class PedenetModel(ScoringModel):
             found = self(batch).anomaly_map > limit
             is_abnormal = (found if within is None else found & within).float()
             # In finer steps: on the next image the same thing lies otherwise in the grid of patches.
-            stride = BASE_STRIDE if batch.shape[-2:].numel() <= STRIP_PIXELS else self.stride
+            is_small = batch.shape[-2:].numel() <= STRIP_PIXELS and not self._goes_by_place
+            stride = BASE_STRIDE if is_small else self.stride
             for size, patches in self.patch_scores(batch, stride):
                 is_covering = max_pool2d(is_abnormal, size, stride)[:, 0] > 0  # [B, h, w]
                 taught[size].append(patches.embeddings[is_covering & (patches.scores > 1)])

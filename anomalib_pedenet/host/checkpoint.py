@@ -51,13 +51,14 @@ UNSAVED_TRANSFORM = "pedenet_unsaved_transform"
 SHORTENED = "pedenet_shortened_to"
 """Entry of a checkpoint: the length of a training that was shortened."""
 
-# The scales' weights and the scorer that was chosen.
+# The scales' weights and the kind of the images.
 _CHOSEN = "model._extra_state"
 
 FITTED = (
     "model.scorers.",
     "model.position_encodings.",
     "model.projections.",
+    "model.whitenings.",
     "model.region.",
     _CHOSEN,
     "model.map_",
@@ -142,7 +143,8 @@ def replace_bank(checkpoint: dict[str, Any], own: Mapping[str, Any]) -> None:
     replace_state(checkpoint, own, *FITTED)
     state = checkpoint["state_dict"]
     if chosen is not None and len(chosen) == len(state[_CHOSEN]):
-        state[_CHOSEN] = chosen
+        # With the kind that the model has, as its scorers have, until it is fitted.
+        state[_CHOSEN] = torch.cat([chosen[:-1], state[_CHOSEN][-1:]])
 
 
 def keep_components(checkpoint: dict[str, Any], own: Mapping[str, Any]) -> None:

@@ -23,8 +23,8 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
     """Bring a checkpoint of an earlier version up to date.
 
     The first had scores without a limit, so that thresholds are brought into 0..1. Later ones did not keep what was
-    learned at each scale, always had the product of the scales' maps, and had no region of interest. Some measured
-    places by themselves. The width of the encoder was not named.
+    learned at each scale, always had the product of the scales' maps, had no region of interest, and did not whiten
+    embeddings. Some measured places by themselves. The width of the encoder was not named.
 
     Args:
         checkpoint (dict[str, Any]): Loaded checkpoint, which is changed.
@@ -42,6 +42,9 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
         state.pop(name, None)
     if _CHOSEN in state:
         state.setdefault("model.region.visible", torch.ones(1, 1, 1, 1))
+    for size in [name.split(".")[2] for name in state if name.startswith("model.position_encodings.")]:
+        state.setdefault(f"model.whitenings.{size}.mean", torch.zeros(0, 1, 1))
+        state.setdefault(f"model.whitenings.{size}.components", torch.zeros(0, 0))
     if _LIMIT in state:
         return
     state[_LIMIT] = torch.ones(())

@@ -20,6 +20,7 @@ from anomalib_pedenet.scorers.gaussian_mixture import GaussianMixtureScorer
 from anomalib_pedenet.scorers.local import LocalNearestNeighborScorer
 from anomalib_pedenet.scorers.nearest_neighbor import MemoryBankScorer, NearestNeighborScorer
 from anomalib_pedenet.scorers.one_class import OneClassSvmScorer, SvddScorer
+from anomalib_pedenet.scorers.ppca import ProbabilisticPcaScorer
 
 __all__ = [
     "SCORERS",
@@ -32,6 +33,7 @@ __all__ = [
     "MixtureDensityScorer",
     "NearestNeighborScorer",
     "OneClassSvmScorer",
+    "ProbabilisticPcaScorer",
     "Scorer",
     "SvddScorer",
     "make_scorer",
@@ -48,6 +50,7 @@ SCORERS: dict[str, tuple[type[Scorer], dict[str, Any]]] = {
     "gaussian_mixture": (GaussianMixtureScorer, {}),
     "density": (MixtureDensityScorer, {}),
     "mahalanobis": (MahalanobisScorer, {}),
+    "ppca": (ProbabilisticPcaScorer, {}),
     "ocsvm": (OneClassSvmScorer, {}),
     "svdd": (SvddScorer, {}),
 }

@@ -166,7 +166,7 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
             return
         msg = (
             f"{type(self).__name__} cannot be taught after its fit: train, or load the checkpoint, with the scorer "
-            "'exact' or 'gaussian_mixture'; or add the images to the training set and train again."
+            "'exact', 'gaussian_mixture' or 'ppca'; or add the images to the training set and train again."
         )
         raise NotImplementedError(msg)
 

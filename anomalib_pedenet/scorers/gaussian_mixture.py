@@ -86,7 +86,7 @@ class GaussianMixtureScorer(GaussiansScorer):
         """
         heights = self.log_weights + self.log_norms
         eye = torch.eye(self.embedding_dim).to(self.whitening)
-        for members in _groups(embeddings.to(self.shifts), _TAUGHT, self.seed):
+        for members in neighbor_groups(embeddings.to(self.shifts), _TAUGHT, self.seed):
             mean = members.mean(dim=0)
             nearest = int(squared_distances(mean, self.whitening, self.shifts).argmin())
             unwhitening = torch.linalg.solve_triangular(self.whitening[nearest], eye, upper=False)
@@ -100,7 +100,7 @@ class GaussianMixtureScorer(GaussiansScorer):
             self.whitening = torch.cat([self.whitening, whitening])
 
 
-def _groups(rows: torch.Tensor, count: int, seed: int) -> list[torch.Tensor]:
+def neighbor_groups(rows: torch.Tensor, count: int, seed: int) -> list[torch.Tensor]:
     """Return rows ``[N, Z]`` in at most ``count`` groups of neighbours, by k-means."""
     builder = make_bank_builder("k_means", min(count, len(rows)), seed)
     builder.update(rows)

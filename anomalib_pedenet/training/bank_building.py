@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from anomalib_pedenet.data.normal_images import MIN_TRAINING_IMAGES, TrainingSet, spread
 from anomalib_pedenet.false_alarms import FalseAlarmThreshold, default_threshold
+from anomalib_pedenet.kinds import LOOSE
 from anomalib_pedenet.torch_model import PedenetModel
 from anomalib_pedenet.training.out_of_fold import score_out_of_fold
 
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 CALIBRATION_IMAGES = 32
 """Enough to tell aligned parts from others, and for principal components: 27,000 patches of 256x256 images."""
+
+# One image in so many is scored by a bank of the others, to measure what normal images score.
+_PROBED_PART = 4
 
 # Training images that set the thresholds where there was no validation: enough for 1 false alarm in 100, in a minute.
 _THRESHOLD_IMAGES = 400
@@ -34,6 +38,9 @@ def build_memory_bank(
 ) -> None:
     """Calibrate a model and build its memory bank, with its present weights.
 
+    Where loose parts are compared with a bank's rows, what normal images score is measured by a bank of others first,
+    if there are images enough: those that a bank holds lie too near to it.
+
     Args:
         model (PedenetModel): Model with trained networks.
         images (TrainingSet): The training images.
@@ -42,7 +49,7 @@ def build_memory_bank(
         learned (Mapping[int, float] | None): What location prediction has learned, see
             :meth:`PedenetModel.weigh_scales`; ``None`` for what the model knows from before.
         unseen (torch.Tensor | None): Normal images ``[N, 3, H, W]`` that are not in the bank, as those that will be
-            scored, to take the limit of what is normal from. Defaults to ``None``: some of those that are in it.
+            scored, to measure what normal images score. Defaults to ``None``: some of ``trained_on``.
         quiet (bool): Whether no progress is shown. Defaults to ``False``.
 
     Raises:
@@ -50,15 +57,30 @@ def build_memory_bank(
     """
     sample = images.sample(trained_on, CALIBRATION_IMAGES)
     weights = model.calibrate(sample, stride, learned)
-    read = images.images(trained_on)
-    model.fit(tqdm(read, "Building the memory bank", len(read), disable=quiet), stride=stride)
-    model.fit_normal_limit(sample if unseen is None else unseen.to(sample.device))
+    probes = spread(len(trained_on), min(len(sample), len(trained_on) // _PROBED_PART))
+    measures_before = unseen is None and model.kind == LOOSE and len(probes) >= MIN_TRAINING_IMAGES
+    if measures_before:
+        others = [position for index, position in enumerate(trained_on) if index not in set(probes)]
+        _fit(model, images, others, stride, "Measuring normal images", quiet)
+        model.fit_normal_limit(images.images([trained_on[index] for index in probes]).together())
+    _fit(model, images, trained_on, stride, "Building the memory bank", quiet)
+    if not measures_before:
+        model.fit_normal_limit(sample if unseen is None else unseen.to(sample.device))
     shares = model.scale_shares
     logger.info(
-        "Scored by %s: patches of %s.",
+        "%s Scored by %s: patches of %s.",
+        "The images show " + model.kind.name + "." if model.kind else "",
         model.scorer_in_use,
         ", ".join(f"{size} px, weight {shares[size]:.2f}, of the position {weights[size]:g}" for size in weights),
     )
+
+
+def _fit(
+    model: PedenetModel, images: TrainingSet, positions: Sequence[int], stride: int, label: str, quiet: bool
+) -> None:
+    """Fit a model's scorers on some of the images."""
+    read = images.images(positions)
+    model.fit(tqdm(read, label, len(read), disable=quiet), stride=stride)
 
 
 def threshold_of_training(

@@ -11,7 +11,8 @@ import torch
 from anomalib_pedenet import PedenetModel
 from anomalib_pedenet.anomaly_map import scores_to_map
 from anomalib_pedenet.host.earlier_versions import bring_up_to_date
-from anomalib_pedenet.scorers import GaussianMixtureScorer, NearestNeighborScorer
+from anomalib_pedenet.kinds import ALIGNED, LOOSE, SURFACE
+from anomalib_pedenet.scorers import GaussianMixtureScorer, NearestNeighborScorer, ProbabilisticPcaScorer
 
 LEARNED = {32: 0.49, 64: 0.81}
 
@@ -38,25 +39,56 @@ def fitted(images: torch.Tensor, **arguments: object) -> PedenetModel:
     return model
 
 
-def test_aligned_parts_are_compared_by_place_at_the_scales_of_the_product() -> None:
+def loose(count: int = 8) -> torch.Tensor:
+    """Images ``[N, 3, 96, 128]`` of a part that lies anywhere on a plain ground."""
+    generator = torch.Generator().manual_seed(0)
+    part = 0.8 + 0.2 * torch.nn.functional.interpolate(torch.rand(1, 3, 6, 6, generator=generator), size=(56, 56))
+    images = 0.2 + 0.02 * torch.randn(count, 3, 96, 128, generator=generator)
+    for image in images:
+        row, column = torch.randint(17, (2,), generator=generator).tolist()
+        turned = part.rot90(int(torch.randint(4, (1,), generator=generator)), (2, 3))
+        image[:, 12 + row : 68 + row, 28 + column : 84 + column] = turned[0]
+    return images
+
+
+def test_aligned_parts_are_compared_by_place_and_all_scales_are_multiplied() -> None:
     model = fitted(aligned())
+    assert model.kind is ALIGNED
+    assert all(isinstance(scorer, ProbabilisticPcaScorer) for scorer in model.scorers.values())
+    assert model.scale_shares == pytest.approx({16: 1.0, 24: 1.0, 32: 0.7, 64: 0.9})
+    image = aligned(7)[6:]
+    maps = [
+        scores_to_map(patches.scores, (96, 128), size, 8) ** (model.scale_shares[size] / 3.6)
+        for size, patches in model.patch_scores(image)
+    ]
+    joined = torch.stack(maps).prod(dim=0)
+    torch.testing.assert_close(model(image).anomaly_map, joined / (joined + model.normal_limit), rtol=1e-4, atol=1e-5)
+
+
+def test_loose_parts_are_compared_with_whitened_rows_of_a_bank() -> None:
+    model = fitted(loose())
+    assert model.kind is LOOSE
     assert all(isinstance(scorer, NearestNeighborScorer) for scorer in model.scorers.values())
-    assert float(model.position_encodings["32"].weight) > 0
-    exact = PedenetModel(scorer="exact")
-    exact.weigh_scales(LEARNED)
-    assert model.scale_shares == exact.scale_shares == {24: 1.0, 32: 0.49}
+    assert model.scale_shares == pytest.approx({16: 1.0, 24: 1.0, 32: 0.7, 64: 0.9})
+    for _, patches in model.patch_scores(loose()):
+        rows = patches.embeddings[..., :-2].flatten(0, 2)  # without the place, which counts nothing
+        assert patches.embeddings[..., -2:].abs().max() == 0
+        assert rows.mean(dim=0).abs().max() < 1e-3
+        assert rows.var(dim=0).max() < 1.01
+        assert rows.var(dim=0).median() > 0.2
 
 
-def test_elsewhere_the_density_decides_and_every_scale_counts_by_the_root_of_what_it_learned() -> None:
+def test_surfaces_are_compared_with_a_mixture_after_the_mean_of_the_place() -> None:
     model = fitted(surface())
+    assert model.kind is SURFACE
     assert all(isinstance(scorer, GaussianMixtureScorer) for scorer in model.scorers.values())
     assert model.scale_shares == pytest.approx({16: 1.0, 24: 1.0, 32: 0.7, 64: 0.9})
 
 
-@pytest.mark.parametrize("images", [aligned(), surface()])
-def test_a_given_weight_of_the_position_decides(images: torch.Tensor) -> None:
-    assert fitted(images, position_weight=4.0).scorer_in_use == "exact"
-    assert fitted(images, position_weight=0.0).scorer_in_use == "gaussian_mixture"
+@pytest.mark.parametrize("images", [aligned(), loose(), surface()])
+def test_a_given_weight_of_the_position_decides_whether_parts_are_aligned(images: torch.Tensor) -> None:
+    assert fitted(images, position_weight=4.0).kind is ALIGNED
+    assert fitted(images, position_weight=0.0).kind is not ALIGNED
 
 
 def test_the_map_is_the_soft_maximum_of_the_scales_one_by_one() -> None:
@@ -67,6 +99,8 @@ def test_the_map_is_the_soft_maximum_of_the_scales_one_by_one() -> None:
         grid = model.embedding_network.embed_dense(model.standardize(images), 8, [size])[size]
         if str(size) in model.projections:
             grid = model.projections[str(size)](grid)
+        whitening = model.whitenings[str(size)]
+        grid = torch.einsum("yz,bzhw->byhw", whitening.components, grid - whitening.mean)
         scorer = model.scorers[str(size)]
         scores = scorer(grid.permute(0, 2, 3, 1)) / scorer.typical_score
         return scores_to_map(scores, (96, 128), size, 8).detach()
@@ -94,7 +128,7 @@ def test_one_normal_image_is_enough_for_a_soft_maximum() -> None:
     assert model(images).anomaly_map.isfinite().all()
 
 
-@pytest.mark.parametrize("images", [aligned(), surface()])
+@pytest.mark.parametrize("images", [aligned(), loose(), surface()])
 def test_what_was_chosen_is_saved(images: torch.Tensor) -> None:
     model = fitted(images)
     loaded = PedenetModel(scorer="auto", stride=8, bank_size=200).eval()
@@ -113,7 +147,8 @@ def test_the_choice_is_made_anew_for_other_images() -> None:
     model.calibrate(aligned(), learned=LEARNED)
     model.fit(aligned().split(1))
     model.fit_normal_limit(aligned())
-    assert model.scorer_in_use == "exact"
+    assert model.kind is ALIGNED
+    assert all(not len(whitening.components) for whitening in model.whitenings.values())
     assert model(aligned()).pred_score.isfinite().all()
 
 
@@ -143,3 +178,16 @@ def test_another_scorer_weighs_the_scales_by_what_was_learned() -> None:
     other.learned.copy_(model.learned)
     other.calibrate(surface())
     assert other.scale_shares == pytest.approx({24: 1.0, 32: 0.49})
+
+
+@pytest.mark.parametrize(("number", "kind"), enumerate(["gaussian_mixture", "exact"]))
+def test_kinds_of_earlier_versions_are_scored_as_they_were(number: int, kind: str) -> None:
+    model = PedenetModel(scorer="auto")
+    model.set_extra_state(torch.tensor([1.0, 1.0, 1.0, 1.0, number]))
+    assert model.scorer_in_use == kind
+    assert model._is_soft_maximum == (kind == "gaussian_mixture")
+
+
+def test_a_kind_of_a_later_version_is_refused() -> None:
+    with pytest.raises(ValueError, match="a kind 9 of images, of a later version"):
+        PedenetModel(scorer="auto").set_extra_state(torch.tensor([1.0, 1.0, 1.0, 1.0, 9.0]))

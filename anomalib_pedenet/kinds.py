@@ -1,0 +1,86 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Kinds of images, told apart by normal ones, and what scores each best."""
+
+from dataclasses import dataclass
+
+import torch
+
+AUTO_SCORER = "auto"
+"""The scorer that :meth:`anomalib_pedenet.PedenetModel.calibrate` replaces by that of the images' kind."""
+
+_MOST_OF_SURFACES = 0.3  # of the variance of embeddings, explained by the place: 0.1 and less on surfaces
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of images, and how they are scored.
+
+    Attributes:
+        name (str): What they show.
+        scorer (str): Name of the scorer.
+        is_soft_maximum (bool): Whether the scales' maps are joined by the soft maximum, else by their product.
+        is_whitened (bool): Whether embeddings are whitened before.
+        has_means (bool): Whether each place's mean is taken away before.
+    """
+
+    name: str
+    scorer: str
+    is_soft_maximum: bool
+    is_whitened: bool = False
+    has_means: bool = False
+
+
+ALIGNED = Kind("aligned parts", "ppca", is_soft_maximum=False)
+LOOSE = Kind("loose parts", "exact", is_soft_maximum=True, is_whitened=True)
+SURFACE = Kind("a surface", "gaussian_mixture", is_soft_maximum=True, is_whitened=True, has_means=True)
+
+KINDS = (
+    Kind("no aligned parts", "gaussian_mixture", is_soft_maximum=True),
+    Kind("aligned parts", "exact", is_soft_maximum=False),
+    ALIGNED,
+    LOOSE,
+    SURFACE,
+)
+"""All kinds, in the order of their numbers in checkpoints. The first two are those of earlier versions."""
+
+
+def kind_of_number(number: int) -> Kind:
+    """Return the kind that has a number in checkpoints.
+
+    Raises:
+        ValueError: If no kind has it.
+    """
+    if number < len(KINDS):
+        return KINDS[number]
+    msg = f"The checkpoint holds a kind {number} of images, of a later version of anomalib-pedenet: install that."
+    raise ValueError(msg)
+
+
+def share_of_place(grids: torch.Tensor, chosen: torch.Tensor | None = None) -> float:
+    """Measure how much of normal embeddings' variance is explained by their place in the image.
+
+    Each image's embeddings are predicted by the mean of the *other* images at the same place. The share is near 0 on a
+    surface, which looks alike everywhere, near 1 where parts are aligned, and between where they lie loosely before a
+    background: the middle of the image differs from its border.
+
+    Args:
+        grids (torch.Tensor): Embeddings ``[N, Z, h, w]`` of N normal images, two or more.
+        chosen (torch.Tensor | None): Patches to look at, bool ``[h, w]``. Defaults to ``None``, all.
+
+    Returns:
+        float: The share, 1 at most; below 0 where the mean of the others predicts nothing; 0 if nothing varies.
+    """
+    rows = grids.flatten(2) if chosen is None else grids[..., chosen]  # [N, Z, P]
+    rows = rows.double()
+    count = len(rows)
+    around_all = (rows - rows.mean(dim=(0, 2), keepdim=True)).square().sum()
+    # An image less the mean of the others is count / (count - 1) times itself less the mean of all.
+    around_others = (rows - rows.mean(dim=0)).square().sum() * (count / max(1, count - 1)) ** 2
+    return float(1 - around_others / around_all) if around_all > 0 else 0.0
+
+
+def unaligned_kind(share: float) -> Kind:
+    """Return the kind of images without aligned parts, by :func:`share_of_place`."""
+    return SURFACE if share < _MOST_OF_SURFACES else LOOSE

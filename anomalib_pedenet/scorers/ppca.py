@@ -1,0 +1,205 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Probabilistic principal component analysis of each place: how patches vary there, in a few directions.
+
+Where parts are aligned, each place of the image has patches of its own. PaDiM describes them by a Gaussian with a full
+covariance, which takes many images, and 16 kB for each place of 64 dimensions. But at a place patches vary in few
+ways: an edge lies a little to the left, a face is a little darker. So each place has its mean, the few directions in
+which it varies most, and one variance for all others, in a thirteenth of the bytes.
+
+Reference:
+    M. Tipping, C. Bishop, "Probabilistic principal component analysis", Journal of the Royal Statistical Society B 61
+    (3), 1999, section 3.2. T. Defard et al., "PaDiM", ICPR Workshops 2021, https://arxiv.org/abs/2011.08785, Eq. 2.
+"""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch.nn.functional import pad
+
+from anomalib_pedenet.scorers.base import Scorer
+from anomalib_pedenet.scorers.density import squared_distances, whiten
+from anomalib_pedenet.scorers.gaussian_mixture import neighbor_groups
+
+# Directions that each place has.
+_DIRECTIONS = 4
+# Covariances are estimated for at most so many blocks of neighbouring places, which takes 34 MB for 64 dimensions.
+_MOST_BLOCKS = 1_024
+# Part of the mean covariance of all places in that of each: where nothing varied, noise would look abnormal.
+_SHRINKAGE = 0.3
+# Least variance, as a fraction of the mean one, and as a number.
+_LEAST_VARIANCE, _TINY_VARIANCE = 1e-3, 1e-6
+
+_TAUGHT = 8  # Gaussians that a teaching adds at most
+
+
+class ProbabilisticPcaScorer(Scorer):
+    """Mahalanobis distance to the normal embeddings of the same place, whose covariance has few directions.
+
+    In units of the mean covariance of all places, that of a place is ``V diag(lambda) V^T + noise (1 - V V^T)``. Means
+    and covariances are gathered as sums, in float64, so that memory does not grow with the number of images. In large
+    images a block of neighbouring places shares a covariance.
+
+    Args:
+        embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
+        seed (int): Unused by the fit, where nothing is random; of the groups that a teaching makes. Defaults to ``0``.
+    """
+
+    by_place: ClassVar[bool] = True
+    unit: torch.Tensor
+    means: torch.Tensor
+    directions: torch.Tensor
+    scales: torch.Tensor
+    noise_scales: torch.Tensor
+    blocks: torch.Tensor
+    taught_whitening: torch.Tensor
+    taught_shifts: torch.Tensor
+
+    def __init__(self, embedding_dim: int = 64, seed: int = 0) -> None:
+        super().__init__(embedding_dim, seed)
+        count = min(_DIRECTIONS, embedding_dim)
+        self.register_buffer("unit", torch.eye(embedding_dim))  # U: makes the mean covariance of all places 1, [Z, Z]
+        self.register_buffer("means", torch.zeros(0, 0, embedding_dim))  # [h, w, Z]
+        # Of each block: V^T, [G, r, Z]; the standard deviations along it, inverted, [G, r]; and that of the rest, [G].
+        self.register_buffer("directions", torch.zeros(0, count, embedding_dim))
+        self.register_buffer("scales", torch.zeros(0, count))
+        self.register_buffer("noise_scales", torch.zeros(0))
+        self.register_buffer("blocks", torch.zeros(0, 0, dtype=torch.long))  # of each place, [h, w]
+        # Gaussians of what was taught, anywhere in the image: W and W mu, [T, Z, Z] and [T, Z].
+        self.register_buffer("taught_whitening", torch.zeros(0, embedding_dim, embedding_dim))
+        self.register_buffer("taught_shifts", torch.zeros(0, embedding_dim))
+        self._moments: _BlockMoments | None = None  # of the fit under way
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there are Gaussians."""
+        return self.means.shape[0] > 0
+
+    def _reset(self) -> None:
+        self._moments = None
+
+    def _update(self, embeddings: torch.Tensor) -> None:
+        if self._moments is None:
+            self._moments = _BlockMoments(embeddings)
+        self._moments.update(embeddings)
+
+    def _finalize(self) -> torch.Tensor:
+        if self._moments is None:
+            msg = "There is nothing to be fitted on."
+            raise RuntimeError(msg)
+        means, covariances, sizes = self._moments.estimate()
+        blocks = self._moments.blocks
+        self._moments = None
+        shares = sizes / sizes.sum()
+        pooled = torch.einsum("g,gyz->yz", shares, covariances)
+        (unit,) = whiten(pooled[None], _LEAST_VARIANCE * float(pooled.diagonal().mean()) + _TINY_VARIANCE)
+        found, vectors = torch.linalg.eigh(unit @ covariances @ unit.T)  # ascending
+        variances = (1 - _SHRINKAGE) * found + _SHRINKAGE
+        count = self.directions.shape[1]
+        noise = variances[:, :-count].mean(dim=1) if count < self.embedding_dim else variances[:, 0]
+        self.unit, self.means = unit.to(self.unit), means.to(self.unit)
+        self.directions = vectors[..., -count:].transpose(1, 2).contiguous().to(self.unit)
+        self.scales, self.noise_scales = variances[:, -count:].rsqrt().to(self.unit), noise.rsqrt().to(self.unit)
+        self.blocks = blocks
+        self.taught_whitening, self.taught_shifts = self.taught_whitening[:0], self.taught_shifts[:0]
+        squared = (found[:, -count:] / variances[:, -count:]).sum(dim=1) + found[:, :-count].sum(dim=1) / noise
+        return (shares * squared).sum().clamp(min=0).sqrt()
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return each embedding's Mahalanobis distance to the Gaussian of its place.
+
+        Args:
+            embeddings (torch.Tensor): Grids ``[B, h, w, Z]``, of the size of those fitted.
+
+        Returns:
+            torch.Tensor: Distances ``[B, h, w]`` in standard deviations, float32.
+
+        Raises:
+            ValueError: If the grid has another size.
+        """
+        self._check_places(embeddings, self.means)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = embeddings.to(self.unit.dtype)
+            centered = (embeddings - self.means) @ self.unit.T
+            squared = torch.zeros(())
+            directions, scales, noise_scales = self.directions, self.scales, self.noise_scales
+            if len(directions) != self.blocks.numel():  # else each place is a block, in their order
+                chosen = self.blocks.flatten()
+                directions, scales, noise_scales = directions[chosen], scales[chosen], noise_scales[chosen]
+            size = self.blocks.shape
+            rest = centered
+            for index in range(directions.shape[1]):
+                direction = directions[:, index].unflatten(0, size)  # [h, w, Z]
+                along = (centered * direction).sum(dim=-1)  # [B, h, w]
+                rest = rest - along[..., None] * direction
+                squared = squared + (along * scales[:, index].unflatten(0, size)).square()
+            squared = squared + (rest * noise_scales.unflatten(0, size)[..., None]).square().sum(dim=-1)
+            if len(self.taught_shifts):
+                taught = squared_distances(embeddings, self.taught_whitening, self.taught_shifts).amin(dim=-1)
+                squared = torch.minimum(squared, taught + self.typical_score.square())
+            return squared.sqrt()
+
+    def teach(self, embeddings: torch.Tensor) -> None:
+        """Add a few Gaussians for further normal embeddings, wherever in the image they lie.
+
+        Each has the mean covariance of the places and of what it was made from. Its mean has the score of a typical
+        normal patch.
+
+        Args:
+            embeddings (torch.Tensor): Embeddings ``[N, Z]``, one or more.
+        """
+        root = torch.linalg.solve_triangular(self.unit, torch.eye(self.embedding_dim).to(self.unit), upper=False)
+        for members in neighbor_groups(embeddings.to(self.unit), _TAUGHT, self.seed):
+            mean = members.mean(dim=0)
+            scatter = (members - mean).T @ (members - mean) / len(members)
+            whitening = whiten((root @ root.T + scatter)[None], 0.0)
+            self.taught_whitening = torch.cat([self.taught_whitening, whitening])
+            self.taught_shifts = torch.cat([self.taught_shifts, (whitening[0] @ mean)[None]])
+
+
+class _BlockMoments:
+    """The mean of each place, and the covariance about it of each block of neighbouring places, in float64.
+
+    The sums are taken relative to the first batch's mean, so that nothing cancels where embeddings lie far from 0.
+
+    Args:
+        embeddings (torch.Tensor): First batch ``[B, h, w, Z]``, for its size and its mean.
+    """
+
+    def __init__(self, embeddings: torch.Tensor) -> None:
+        _, height, width, dimension = embeddings.shape
+        self._side = math.ceil(math.sqrt(height * width / _MOST_BLOCKS))
+        self._across = math.ceil(width / self._side)
+        rows, columns = (torch.arange(length).to(embeddings.device) // self._side for length in (height, width))
+        self.blocks = rows[:, None] * self._across + columns
+        """Block of each place, ``[h, w]``."""
+        self._shift = embeddings.double().mean(dim=(0, 1, 2))
+        self._count = 0
+        self._firsts = self._shift.new_zeros(height, width, dimension)
+        self._seconds = self._shift.new_zeros(int(self.blocks.max()) + 1, dimension, dimension)
+
+    def update(self, embeddings: torch.Tensor) -> None:
+        """Take in embeddings ``[B, h, w, Z]``."""
+        embeddings = embeddings.double() - self._shift
+        self._count += len(embeddings)
+        self._firsts += embeddings.sum(dim=0)
+        self._seconds += self._products(embeddings)
+
+    def _products(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the sum over each block of the embeddings' products with themselves, ``[G, Z, Z]``."""
+        padding = (0, 0, 0, self._across * self._side - embeddings.shape[2])
+        parts = []
+        for row in pad(embeddings, padding).split(self._side, dim=1):  # [B, side, across * side, Z]
+            together = row.unflatten(2, (self._across, self._side)).permute(2, 0, 1, 3, 4).flatten(1, 3)
+            parts.append(together.transpose(1, 2) @ together)  # [across, Z, Z]
+        return torch.cat(parts)
+
+    def estimate(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return means ``[h, w, Z]``, unbiased covariances ``[G, Z, Z]``, and the number of places in each, ``[G]``."""
+        means = self._firsts / self._count
+        sizes = torch.bincount(self.blocks.flatten()).to(means)
+        scatters = self._seconds - self._count * self._products(means[None])
+        covariances = scatters / (sizes * max(1, self._count - 1))[:, None, None]
+        return means + self._shift, covariances, sizes

@@ -1,0 +1,84 @@
+# Copyright (C) 2026 The anomalib-pedenet authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Embeddings less their mean, such that all directions vary alike.
+
+Training leaves embeddings that vary in few directions, while a defect may show in one that hardly varies. Whitened, all
+count. On a surface the mean is that of each place: light that falls unevenly then makes no place abnormal.
+"""
+
+import torch
+from anomalib.models.components import DynamicBufferMixin
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+_SHRINKAGE = 0.01  # of the variances towards their mean, so that what hardly varies is not blown up
+
+
+class Whitening(DynamicBufferMixin, nn.Module):
+    """Takes the mean of normal embeddings away and makes their covariance the identity, once fitted.
+
+    Attributes:
+        mean (torch.Tensor): Mean of normal embeddings, ``[Z, 1, 1]``, or of each place, ``[Z, h, w]``.
+        components (torch.Tensor): Matrix that whitens, ``[Z, Z]``; empty as long as embeddings are left as they are.
+    """
+
+    mean: torch.Tensor
+    components: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(0, 1, 1))
+        self.register_buffer("components", torch.zeros(0, 0))
+
+    def reset(self) -> None:
+        """Leave embeddings as they are from now on."""
+        self.mean, self.components = self.mean[:0, :1, :1], self.components[:0, :0]
+
+    @torch.no_grad()
+    def fit(self, grids: torch.Tensor, by_place: bool, chosen: torch.Tensor | None = None) -> None:
+        """Fit on normal patches.
+
+        Args:
+            grids (torch.Tensor): Embeddings ``[N, Z, h, w]`` of N normal images.
+            by_place (bool): Whether each place has a mean of its own.
+            chosen (torch.Tensor | None): Patches to look at, bool ``[h, w]``. Defaults to ``None``, all.
+        """
+        chosen = grids.new_ones(grids.shape[-2:], dtype=torch.bool) if chosen is None else chosen
+        mean = grids[..., chosen].mean(dim=(0, 2))[:, None, None]
+        if by_place:
+            mean = mean + _shrunk_differences(grids, mean, chosen)
+        rows = (grids - mean)[..., chosen].transpose(0, 1).flatten(1).double()  # [Z, N * patches]
+        variances, directions = torch.linalg.eigh(rows @ rows.T / rows.shape[1])
+        variances = variances.clamp(min=0)
+        variances = variances + _SHRINKAGE * variances.mean() + torch.finfo(torch.float32).eps
+        self.mean, self.components = mean.to(self.mean), (directions * variances.rsqrt()).T.to(self.mean).contiguous()
+
+    def forward(self, grid: torch.Tensor) -> torch.Tensor:
+        """Whiten embeddings.
+
+        Args:
+            grid (torch.Tensor): Embeddings ``[B, Z, h, w]``. Where the means of places are of another grid, those
+                between them are interpolated.
+
+        Returns:
+            torch.Tensor: Embeddings of the same shape.
+        """
+        if not len(self.components):
+            return grid
+        mean = self.mean
+        if mean.shape[-2:] not in ((1, 1), grid.shape[-2:]):
+            mean = F.interpolate(mean[None], size=grid.shape[-2:], mode="bilinear", align_corners=True)[0]
+        return F.conv2d(grid - mean, self.components[:, :, None, None])
+
+
+def _shrunk_differences(grids: torch.Tensor, mean: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Return how the places' means differ from the mean ``[Z, 1, 1]``, without what a few images differ by chance.
+
+    Each dimension is shrunk by the part of the differences' variance that is not expected of so many images (the
+    positive part of James and Stein's estimator), so that next to nothing is left where light falls evenly.
+    """
+    differences = grids.mean(dim=0) - mean  # [Z, h, w]
+    by_chance = grids[..., chosen].var(dim=0).mean(dim=1) / len(grids)  # [Z]
+    found = differences[:, chosen].square().mean(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    return differences * (1 - by_chance / found).clamp(min=0)[:, None, None]
