@@ -161,8 +161,8 @@ class ScoringModel(nn.Module):
             ImportError: If it needs a library that is not installed.
         """
         self.scorer = scorer
-        self.kind: Kind | None = None
-        self._use_scorer(scorer) if scorer != AUTO_SCORER else self._use_kind(LOOSE)  # until calibration tells
+        self.kind: Kind | None = LOOSE if scorer == AUTO_SCORER else None  # until calibration tells
+        self._use_scorer(scorer if self.kind is None else self.kind.scorer)
 
     def _use_kind(self, kind: Kind) -> None:
         """Take the scorer for a kind of images, not fitted, at every scale."""
@@ -172,7 +172,8 @@ class ScoringModel(nn.Module):
     def _use_scorer(self, scorer: str | Mapping[str, Any]) -> None:
         """Take a scorer, not fitted, at every scale, and leave embeddings as they are."""
         self.scorer_in_use = scorer
-        self.scorers = nn.ModuleDict({str(size): self._make_scorer(size) for size in self.scored_sizes})
+        scorers = nn.ModuleDict({str(size): self._make_scorer(size) for size in self.scored_sizes})
+        self.scorers = scorers.to(self.input_mean.device)
         for whitening in self.whitenings.values():
             whitening.reset()
 

@@ -133,7 +133,7 @@ def replace_state(checkpoint: dict[str, Any], own: Mapping[str, Any], *prefixes:
 
 
 def replace_bank(checkpoint: dict[str, Any], own: Mapping[str, Any]) -> None:
-    """Drop a checkpoint's memory bank, which will be built anew, but for the weights of the same scales.
+    """Drop a checkpoint's memory bank and kind of images, found anew with the bank, but for the same scales' weights.
 
     Args:
         checkpoint (dict[str, Any]): Loaded checkpoint, whose ``state_dict`` is replaced.
@@ -143,7 +143,6 @@ def replace_bank(checkpoint: dict[str, Any], own: Mapping[str, Any]) -> None:
     replace_state(checkpoint, own, *FITTED)
     state = checkpoint["state_dict"]
     if chosen is not None and len(chosen) == len(state[_CHOSEN]):
-        # With the kind that the model has, as its scorers have, until it is fitted.
         state[_CHOSEN] = torch.cat([chosen[:-1], state[_CHOSEN][-1:]])
 
 

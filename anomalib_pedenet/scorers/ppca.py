@@ -123,19 +123,19 @@ class ProbabilisticPcaScorer(Scorer):
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = embeddings.to(self.unit.dtype)
             centered = (embeddings - self.means) @ self.unit.T
-            squared = torch.zeros(())
             directions, scales, noise_scales = self.directions, self.scales, self.noise_scales
             if len(directions) != self.blocks.numel():  # else each place is a block, in their order
                 chosen = self.blocks.flatten()
                 directions, scales, noise_scales = directions[chosen], scales[chosen], noise_scales[chosen]
             size = self.blocks.shape
-            rest = centered
+            rest, parts = centered, []
             for index in range(directions.shape[1]):
                 direction = directions[:, index].unflatten(0, size)  # [h, w, Z]
                 along = (centered * direction).sum(dim=-1)  # [B, h, w]
                 rest = rest - along[..., None] * direction
-                squared = squared + (along * scales[:, index].unflatten(0, size)).square()
-            squared = squared + (rest * noise_scales.unflatten(0, size)[..., None]).square().sum(dim=-1)
+                parts.append(along * scales[:, index].unflatten(0, size))
+            rest = rest * noise_scales.unflatten(0, size)[..., None]
+            squared = torch.stack(parts).square().sum(dim=0) + rest.square().sum(dim=-1)
             if len(self.taught_shifts):
                 taught = squared_distances(embeddings, self.taught_whitening, self.taught_shifts).amin(dim=-1)
                 squared = torch.minimum(squared, taught + self.typical_score.square())
