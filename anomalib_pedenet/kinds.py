@@ -66,19 +66,24 @@ def share_of_place(grids: torch.Tensor, chosen: torch.Tensor | None = None) -> f
     background: the middle of the image differs from its border.
 
     Args:
-        grids (torch.Tensor): Embeddings ``[N, Z, h, w]`` of N normal images, two or more.
+        grids (torch.Tensor): Embeddings ``[N, Z, h, w]`` of N normal images.
         chosen (torch.Tensor | None): Patches to look at, bool ``[h, w]``. Defaults to ``None``, all.
 
     Returns:
-        float: The share, 1 at most; below 0 where the mean of the others predicts nothing; 0 if nothing varies.
+        float: The share, 1 at most; below 0 where the mean of the others predicts nothing; 0 if nothing varies, or of
+            a single image.
     """
-    rows = grids.flatten(2) if chosen is None else grids[..., chosen]  # [N, Z, P]
-    rows = rows.double()
-    count = len(rows)
-    around_all = (rows - rows.mean(dim=(0, 2), keepdim=True)).square().sum()
+    count = len(grids)
+    if count < 2:
+        return 0.0
+    rows = (grids.flatten(2) if chosen is None else grids[..., chosen]).float()  # [N, Z, P]
+    of_place = rows.mean(dim=0)
+    of_all = of_place.mean(dim=1, keepdim=True)
+    # Image by image, for there may be many patches.
+    around_all = sum(float((image - of_all).square().sum()) for image in rows)
     # An image less the mean of the others is count / (count - 1) times itself less the mean of all.
-    around_others = (rows - rows.mean(dim=0)).square().sum() * (count / max(1, count - 1)) ** 2
-    return float(1 - around_others / around_all) if around_all > 0 else 0.0
+    around_others = sum(float((image - of_place).square().sum()) for image in rows) * (count / (count - 1)) ** 2
+    return 1 - around_others / around_all if around_all > 0 else 0.0
 
 
 def unaligned_kind(share: float) -> Kind:

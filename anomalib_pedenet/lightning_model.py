@@ -64,10 +64,10 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
     """PEDENet: anomaly localisation by patch embedding and density estimation, trained from scratch.
 
     A patch embedding network learns, from normal images alone, to tell where a patch's neighbour lies (location
-    prediction) and to make its embeddings dense under a Gaussian mixture (density estimation). A patch is scored by the
-    distance of its embedding to the nearest one of the normal images, kept in a memory bank, where parts are aligned,
-    and by its density under a mixture of Gaussians elsewhere; a pixel by the mean over the patches that cover it; an
-    image by its highest pixel.
+    prediction) and to make its embeddings dense under a Gaussian mixture (density estimation). A patch is scored by how
+    far its embedding is from those of the normal images: from those of its place where parts are aligned, from the
+    nearest one in a memory bank where parts lie loosely, and by a mixture of Gaussians on surfaces. A pixel is scored
+    by the mean over the patches that cover it, an image by its highest pixel.
 
     Args:
         image_size (tuple[int, int]): Height and width in pixels to which images are resized. Keep the aspect ratio of
@@ -83,8 +83,8 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
             defects. ``None`` to choose among 16, 24, 32 and 64 from the normal images, or for 64 where that alone is
             trained. Defaults to ``None``.
         stride (int | None): Distance S between neighbouring patches of a scored image in pixels, a multiple of 2.
-            Smaller is slower and finer. May be changed for a trained checkpoint. ``None`` for a loaded checkpoint's,
-            else 8. Defaults to ``None``.
+            Smaller is slower and finer. May be changed for a trained checkpoint, but not of aligned parts, whose places
+            are known at one stride. ``None`` for a loaded checkpoint's, else 8. Defaults to ``None``.
         combination (str | None): How the maps of the scales become one: ``"product"`` (geometric mean), ``"mean"``, or
             ``"auto"`` for a soft maximum on loose parts and surfaces, and with the scorer ``"gaussian_mixture"``, and
             else the product. May be changed for a trained checkpoint. ``None`` for a loaded checkpoint's, else

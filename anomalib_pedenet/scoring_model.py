@@ -172,8 +172,7 @@ class ScoringModel(nn.Module):
     def _use_scorer(self, scorer: str | Mapping[str, Any]) -> None:
         """Take a scorer, not fitted, at every scale, and leave embeddings as they are."""
         self.scorer_in_use = scorer
-        scorers = nn.ModuleDict({str(size): self._make_scorer(size) for size in self.scored_sizes})
-        self.scorers = scorers.to(self.input_mean.device)
+        self.scorers = nn.ModuleDict({str(size): self._make_scorer(size) for size in self.scored_sizes})
         for whitening in self.whitenings.values():
             whitening.reset()
 
@@ -188,7 +187,7 @@ class ScoringModel(nn.Module):
             coreset=self.coreset,
             seed=self.seed,
             density_network=self.density_networks[str(size)] if is_trained else None,
-        )
+        ).to(self.input_mean.device)
 
     @property
     def is_fitted(self) -> bool:

@@ -107,8 +107,8 @@ class PedenetModel(ScoringModel):
         """Choose what normal images decide: projections, weights of the position and of the scales, and the scorer.
 
         Weights of the position and the scorer are chosen unless they are given. Call it before :meth:`fit`, with normal
-        images from all over the training set. Tiles have no position in the image, so with a tiler the weights chosen
-        are 0, as with scorers that make no use of them.
+        images from all over the training set: what was fitted before does not go with what is chosen. Tiles have no
+        position in the image, so with a tiler the weights chosen are 0, as with scorers that make no use of them.
 
         Args:
             images (torch.Tensor): Pre-processed normal images ``[B, 3, H, W]``, two or more.
@@ -138,9 +138,7 @@ class PedenetModel(ScoringModel):
 
     def _calibrate_scale(self, size: int, grid: torch.Tensor, image_size: tuple[int, int], stride: int) -> None:
         """Fit a scale's projection and whitening, and choose the weight of the position, unless it is given."""
-        visible = self._shown_patches(image_size, size, stride)
-        if str(size) in self.projections:
-            self.projections[str(size)].fit(grid[..., visible][:, :, None])  # [N, channels, 1, P]
+        self._fit_projection(size, grid, image_size, stride)
         grid = self._project(grid, size)
         if self.position_weight == "auto":
             weight = 0.0
@@ -149,18 +147,29 @@ class PedenetModel(ScoringModel):
             self.position_encodings[str(size)].weight.fill_(weight)
         if self.kind is not None and self.kind.is_whitened:
             by_place = self.kind.has_means and self.tiler is None  # tiles have no place
-            self.whitenings[str(size)].fit(grid, by_place, visible)
+            self.whitenings[str(size)].fit(grid, by_place, self._shown_patches(image_size, size, stride))
+
+    def _fit_projection(self, size: int, grid: torch.Tensor, image_size: tuple[int, int], stride: int) -> None:
+        """Fit the projection of a mid-level scale; trained ones have none."""
+        if str(size) in self.projections:
+            visible = self._shown_patches(image_size, size, stride)
+            self.projections[str(size)].fit(grid[..., visible][:, :, None])  # [N, channels, 1, P]
 
     def _choose_kind(self, grids: Mapping[int, torch.Tensor], image_size: tuple[int, int], stride: int) -> None:
         """Choose the kind of the images, and with it the scorer, by embeddings ``[N, Z, h, w]`` of the scored sizes."""
         smallest = min(self.patch_sizes)
         size = smallest if smallest in grids else max(grids)
+        self._fit_projection(size, grids[size], image_size, stride)
+        grid = self._project(grids[size], size)
         weight = self.position_weight
         if weight == "auto":
-            weight = self._choose_position_weight(grids[size], size, image_size, stride)
-        share = share_of_place(grids[size], self._shown_patches(image_size, size, stride))
-        kind = ALIGNED if weight > 0 else unaligned_kind(share)
-        if kind != self.kind:  # else what was fitted before stays in use until the next fit is done
+            weight = self._choose_position_weight(grid, size, image_size, stride)
+        if weight > 0 and self.tiler is None:  # tiles have no place
+            kind = ALIGNED
+        else:
+            # The edge of what is hidden lies in the same place of all images, whatever they show.
+            kind = unaligned_kind(share_of_place(grid, self.region.whole_patches(image_size, size, stride)))
+        if kind != self.kind:
             self._use_kind(kind)
 
     def _choose_position_weight(self, grid: torch.Tensor, size: int, image_size: tuple[int, int], stride: int) -> float:
@@ -226,8 +235,8 @@ class PedenetModel(ScoringModel):
             found = self(batch).anomaly_map > limit
             is_abnormal = (found if within is None else found & within).float()
             # In finer steps: on the next image the same thing lies otherwise in the grid of patches.
-            is_small = batch.shape[-2:].numel() <= STRIP_PIXELS and not self._goes_by_place
-            stride = BASE_STRIDE if is_small else self.stride
+            is_finer = batch.shape[-2:].numel() <= STRIP_PIXELS and not self._goes_by_place
+            stride = BASE_STRIDE if is_finer else self.stride
             for size, patches in self.patch_scores(batch, stride):
                 is_covering = max_pool2d(is_abnormal, size, stride)[:, 0] > 0  # [B, h, w]
                 taught[size].append(patches.embeddings[is_covering & (patches.scores > 1)])

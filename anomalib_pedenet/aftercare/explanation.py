@@ -17,6 +17,9 @@ from anomalib_pedenet.torch_model import PedenetModel
 # Normal images that are searched: their patches take 100 MiB in half precision, of 256x256 px and at four scales.
 _MOST_IMAGES = 256
 
+# Patches of the same place lie so far apart at most, in steps of the stride.
+_NEAR = 1
+
 # Patches that are compared with others together.
 _CHUNK = 2**15
 
@@ -71,10 +74,11 @@ class NormalPatches:
         """
         size, box, embedding = self._decisive_patch(image)
         files = self._images.files
-        own = torch.tensor([files.index(file)], device=image.device) if file in files else None
-        distances, nearest = self._nearest(size, embedding[None], own)
-        index, row, column = self._sources[size][nearest[0]].tolist()
         stride = self._model.stride
+        own = files.index(file) if file in files else -1
+        source = torch.tensor([[own, box.top // stride, box.left // stride]], device=image.device)
+        distances, nearest = self._nearest(size, embedding[None], source)
+        index, row, column = self._sources[size][nearest[0]].tolist()
         return Explanation(
             box=box,
             normal_path=files[index],
@@ -100,20 +104,21 @@ class NormalPatches:
         column = columns.start + place % (columns.stop - columns.start)
         return size, Box(row * stride, column * stride, size, size), patches[size].embeddings[0, row, column]
 
-    def _nearest(
-        self, size: int, embeddings: torch.Tensor, images: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _nearest(self, size: int, embeddings: torch.Tensor, origins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return distances ``[Q]`` and positions ``[Q]`` of the normal patches nearest to embeddings ``[Q, Z]``.
 
-        Patches of the image that an embedding is of, where that is said by ``images`` ``[Q]``, are passed over.
+        Patches of the image that an embedding is of, see ``origins`` ``[Q, 3]`` (image or -1, row and column), are
+        passed over, and those of other places where patches are scored by theirs.
         """
+        by_place = self._model.scorers[str(size)].by_place
         best = embeddings.new_full((len(embeddings),), torch.inf)
         position = best.new_zeros(len(embeddings), dtype=torch.long)
         start = 0
         for rows, sources in zip(self._rows[size].split(_CHUNK), self._sources[size].split(_CHUNK), strict=True):
             distances = torch.cdist(embeddings, rows.float())
-            if images is not None:
-                distances[images[:, None] == sources[:, 0]] = torch.inf
+            distances[origins[:, None, 0] == sources[:, 0]] = torch.inf
+            if by_place:
+                distances[((origins[:, None, 1:] - sources[:, 1:]).abs() > _NEAR).any(dim=-1)] = torch.inf
             least, place = distances.min(dim=1)
             position = torch.where(least < best, place + start, position)
             best = torch.minimum(least, best)
@@ -125,7 +130,7 @@ class NormalPatches:
         if size not in self._usual:
             rows, sources = self._rows[size], self._sources[size]
             chosen = spread(len(rows), _USUAL_PATCHES)
-            distances, _ = self._nearest(size, rows[chosen].float(), sources[chosen, 0])
+            distances, _ = self._nearest(size, rows[chosen].float(), sources[chosen])
             self._usual[size] = float(distances.mean().clamp(min=torch.finfo(torch.float32).tiny))
         return self._usual[size]
 

@@ -17,6 +17,7 @@ from anomalib_pedenet.aftercare.inspector import Inspector
 from anomalib_pedenet.data.normal_images import spread
 from anomalib_pedenet.false_alarms import FalseAlarmThreshold, default_threshold
 from anomalib_pedenet.region import AUTO_ROI, find_roi
+from anomalib_pedenet.training.bank_building import fit_scorers
 from anomalib_pedenet.training.out_of_fold import score_out_of_fold
 
 _SAMPLE = 32  # images that the choices of a training are made by
@@ -89,8 +90,7 @@ def mask_checkpoint(
     stride = lightning_model.hparams.bank_stride
     model.region.set(visible)
     model.calibrate(sample, stride)
-    model.fit(images, stride)
-    model.fit_normal_limit(sample)
+    fit_scorers(model, images, sample, stride)
     scores = [float(found.pred_score) for _, found in score_out_of_fold(model, images, stride)]
     chosen = default_threshold(scores)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items() if not name.startswith(_KEPT)}

@@ -25,10 +25,13 @@ from anomalib_pedenet.scorers.gaussian_mixture import neighbor_groups
 
 # Directions that each place has.
 _DIRECTIONS = 4
-# Covariances are estimated for at most so many blocks of neighbouring places, which takes 34 MB for 64 dimensions.
+# Covariances are estimated for about so many blocks of neighbouring places at most: 34 MB for 64 dimensions.
 _MOST_BLOCKS = 1_024
-# Part of the mean covariance of all places in that of each: where nothing varied, noise would look abnormal.
-_SHRINKAGE = 0.3
+# Part of the mean covariance of all places in that of each: where nothing varied, noise would look abnormal. It is
+# larger if there are few images, and one of two if there are so many.
+_SHRINKAGE, _HALF_SHRUNK = 0.3, 12
+# Blocks that vary by less than this fraction of the most varied one do not count in the mean covariance.
+_NO_VARIANCE = 1e-6
 # Least variance, as a fraction of the mean one, and as a number.
 _LEAST_VARIANCE, _TINY_VARIANCE = 1e-3, 1e-6
 
@@ -90,21 +93,25 @@ class ProbabilisticPcaScorer(Scorer):
             msg = "There is nothing to be fitted on."
             raise RuntimeError(msg)
         means, covariances, sizes = self._moments.estimate()
-        blocks = self._moments.blocks
+        blocks, count = self._moments.blocks, self._moments.count
         self._moments = None
-        shares = sizes / sizes.sum()
+        traces = covariances.diagonal(dim1=1, dim2=2).sum(dim=1)
+        sizes = sizes * (traces > _NO_VARIANCE * traces.max())  # what is hidden does not vary
+        shares = sizes / sizes.sum().clamp(min=1)
         pooled = torch.einsum("g,gyz->yz", shares, covariances)
         (unit,) = whiten(pooled[None], _LEAST_VARIANCE * float(pooled.diagonal().mean()) + _TINY_VARIANCE)
         found, vectors = torch.linalg.eigh(unit @ covariances @ unit.T)  # ascending
-        variances = (1 - _SHRINKAGE) * found + _SHRINKAGE
-        count = self.directions.shape[1]
-        noise = variances[:, :-count].mean(dim=1) if count < self.embedding_dim else variances[:, 0]
+        shrinkage = max(_SHRINKAGE, _HALF_SHRUNK / (_HALF_SHRUNK + count))
+        variances = (1 - shrinkage) * found + shrinkage
+        kept = self.directions.shape[1]
+        noise = variances[:, :-kept].mean(dim=1) if kept < self.embedding_dim else variances[:, 0]
         self.unit, self.means = unit.to(self.unit), means.to(self.unit)
-        self.directions = vectors[..., -count:].transpose(1, 2).contiguous().to(self.unit)
-        self.scales, self.noise_scales = variances[:, -count:].rsqrt().to(self.unit), noise.rsqrt().to(self.unit)
+        self.directions = vectors[..., -kept:].transpose(1, 2).contiguous().to(self.unit)
+        self.scales, self.noise_scales = variances[:, -kept:].rsqrt().to(self.unit), noise.rsqrt().to(self.unit)
         self.blocks = blocks
-        self.taught_whitening, self.taught_shifts = self.taught_whitening[:0], self.taught_shifts[:0]
-        squared = (found[:, -count:] / variances[:, -count:]).sum(dim=1) + found[:, :-count].sum(dim=1) / noise
+        self.taught_whitening = self.unit.new_zeros(0, self.embedding_dim, self.embedding_dim)
+        self.taught_shifts = self.unit.new_zeros(0, self.embedding_dim)
+        squared = (found[:, -kept:] / variances[:, -kept:]).sum(dim=1) + found[:, :-kept].sum(dim=1) / noise
         return (shares * squared).sum().clamp(min=0).sqrt()
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -123,18 +130,13 @@ class ProbabilisticPcaScorer(Scorer):
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = embeddings.to(self.unit.dtype)
             centered = (embeddings - self.means) @ self.unit.T
-            directions, scales, noise_scales = self.directions, self.scales, self.noise_scales
-            if len(directions) != self.blocks.numel():  # else each place is a block, in their order
-                chosen = self.blocks.flatten()
-                directions, scales, noise_scales = directions[chosen], scales[chosen], noise_scales[chosen]
-            size = self.blocks.shape
             rest, parts = centered, []
-            for index in range(directions.shape[1]):
-                direction = directions[:, index].unflatten(0, size)  # [h, w, Z]
-                along = (centered * direction).sum(dim=-1)  # [B, h, w]
-                rest = rest - along[..., None] * direction
-                parts.append(along * scales[:, index].unflatten(0, size))
-            rest = rest * noise_scales.unflatten(0, size)[..., None]
+            for direction, scale in zip(self.directions.unbind(dim=1), self.scales.unbind(dim=1), strict=True):
+                direction_here = _of_places(direction, self.blocks)  # [h, w, Z]
+                along = (centered * direction_here).sum(dim=-1)  # [B, h, w]
+                rest = rest - along[..., None] * direction_here
+                parts.append(along * _of_places(scale, self.blocks))
+            rest = rest * _of_places(self.noise_scales, self.blocks)[..., None]
             squared = torch.stack(parts).square().sum(dim=0) + rest.square().sum(dim=-1)
             if len(self.taught_shifts):
                 taught = squared_distances(embeddings, self.taught_whitening, self.taught_shifts).amin(dim=-1)
@@ -159,6 +161,13 @@ class ProbabilisticPcaScorer(Scorer):
             self.taught_shifts = torch.cat([self.taught_shifts, (whitening[0] @ mean)[None]])
 
 
+def _of_places(values: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Return what each place has of the blocks' values ``[G, ...]``, ``[h, w, ...]``."""
+    if len(values) != blocks.numel():  # else each place is a block, in their order
+        values = values[blocks.flatten()]
+    return values.unflatten(0, blocks.shape)
+
+
 class _BlockMoments:
     """The mean of each place, and the covariance about it of each block of neighbouring places, in float64.
 
@@ -176,14 +185,14 @@ class _BlockMoments:
         self.blocks = rows[:, None] * self._across + columns
         """Block of each place, ``[h, w]``."""
         self._shift = embeddings.double().mean(dim=(0, 1, 2))
-        self._count = 0
+        self.count = 0
         self._firsts = self._shift.new_zeros(height, width, dimension)
         self._seconds = self._shift.new_zeros(int(self.blocks.max()) + 1, dimension, dimension)
 
     def update(self, embeddings: torch.Tensor) -> None:
         """Take in embeddings ``[B, h, w, Z]``."""
         embeddings = embeddings.double() - self._shift
-        self._count += len(embeddings)
+        self.count += len(embeddings)
         self._firsts += embeddings.sum(dim=0)
         self._seconds += self._products(embeddings)
 
@@ -198,8 +207,12 @@ class _BlockMoments:
 
     def estimate(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return means ``[h, w, Z]``, unbiased covariances ``[G, Z, Z]``, and the number of places in each, ``[G]``."""
-        means = self._firsts / self._count
+        means = self._firsts / self.count
         sizes = torch.bincount(self.blocks.flatten()).to(means)
-        scatters = self._seconds - self._count * self._products(means[None])
-        covariances = scatters / (sizes * max(1, self._count - 1))[:, None, None]
+        if self.count == 1:  # it says nothing of how places vary; they differ from each other more than images do
+            rows = means.flatten(0, 1)
+            covariance = torch.cov(rows.T, correction=0)
+            return means + self._shift, covariance.expand(len(sizes), -1, -1), sizes
+        scatters = self._seconds - self.count * self._products(means[None])
+        covariances = scatters / (sizes * (self.count - 1))[:, None, None]
         return means + self._shift, covariances, sizes

@@ -33,7 +33,7 @@ class Whitening(DynamicBufferMixin, nn.Module):
 
     def reset(self) -> None:
         """Leave embeddings as they are from now on."""
-        self.mean, self.components = self.mean[:0, :1, :1], self.components[:0, :0]
+        self.mean, self.components = self.mean.new_zeros(0, 1, 1), self.components.new_zeros(0, 0)
 
     @torch.no_grad()
     def fit(self, grids: torch.Tensor, by_place: bool, chosen: torch.Tensor | None = None) -> None:
@@ -44,9 +44,10 @@ class Whitening(DynamicBufferMixin, nn.Module):
             by_place (bool): Whether each place has a mean of its own.
             chosen (torch.Tensor | None): Patches to look at, bool ``[h, w]``. Defaults to ``None``, all.
         """
+        grids = grids.float()  # whatever the networks computed in
         chosen = grids.new_ones(grids.shape[-2:], dtype=torch.bool) if chosen is None else chosen
         mean = grids[..., chosen].mean(dim=(0, 2))[:, None, None]
-        if by_place:
+        if by_place and len(grids) > 1:
             mean = mean + _shrunk_differences(grids, mean, chosen)
         rows = (grids - mean)[..., chosen].transpose(0, 1).flatten(1).double()  # [Z, N * patches]
         variances, directions = torch.linalg.eigh(rows @ rows.T / rows.shape[1])

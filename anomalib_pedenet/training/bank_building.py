@@ -13,7 +13,7 @@ from anomalib_pedenet.data.normal_images import MIN_TRAINING_IMAGES, TrainingSet
 from anomalib_pedenet.false_alarms import FalseAlarmThreshold, default_threshold
 from anomalib_pedenet.kinds import LOOSE
 from anomalib_pedenet.torch_model import PedenetModel
-from anomalib_pedenet.training.out_of_fold import score_out_of_fold
+from anomalib_pedenet.training.out_of_fold import ImageSet, score_out_of_fold
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,6 @@ def build_memory_bank(
 ) -> None:
     """Calibrate a model and build its memory bank, with its present weights.
 
-    Where loose parts are compared with a bank's rows, what normal images score is measured by a bank of others first,
-    if there are images enough: those that a bank holds lie too near to it.
-
     Args:
         model (PedenetModel): Model with trained networks.
         images (TrainingSet): The training images.
@@ -57,15 +54,7 @@ def build_memory_bank(
     """
     sample = images.sample(trained_on, CALIBRATION_IMAGES)
     weights = model.calibrate(sample, stride, learned)
-    probes = spread(len(trained_on), min(len(sample), len(trained_on) // _PROBED_PART))
-    measures_before = unseen is None and model.kind == LOOSE and len(probes) >= MIN_TRAINING_IMAGES
-    if measures_before:
-        others = [position for index, position in enumerate(trained_on) if index not in set(probes)]
-        _fit(model, images, others, stride, "Measuring normal images", quiet)
-        model.fit_normal_limit(images.images([trained_on[index] for index in probes]).together())
-    _fit(model, images, trained_on, stride, "Building the memory bank", quiet)
-    if not measures_before:
-        model.fit_normal_limit(sample if unseen is None else unseen.to(sample.device))
+    fit_scorers(model, images.images(trained_on), sample if unseen is None else unseen.to(sample.device), stride, quiet)
     shares = model.scale_shares
     logger.info(
         "%s Scored by %s: patches of %s.",
@@ -75,12 +64,31 @@ def build_memory_bank(
     )
 
 
-def _fit(
-    model: PedenetModel, images: TrainingSet, positions: Sequence[int], stride: int, label: str, quiet: bool
+def fit_scorers(
+    model: PedenetModel, images: ImageSet, measured: torch.Tensor, stride: int | None = None, quiet: bool = False
 ) -> None:
-    """Fit a model's scorers on some of the images."""
-    read = images.images(positions)
-    model.fit(tqdm(read, label, len(read), disable=quiet), stride=stride)
+    """Fit a calibrated model's scorers, and measure what normal images score.
+
+    Those that a memory bank holds lie too near to it. So where loose parts are compared with its rows, a bank of three
+    quarters of the images is built first, and the scales are measured on others.
+
+    Args:
+        model (PedenetModel): A calibrated model.
+        images (ImageSet): The images to fit it on.
+        measured (torch.Tensor): Normal images ``[N, 3, H, W]`` to measure others than loose parts by.
+        stride (int | None): Distance between patches in pixels. Defaults to the model's.
+        quiet (bool): Whether no progress is shown. Defaults to ``False``.
+    """
+    probes = spread(len(images), min(CALIBRATION_IMAGES, max(1, len(images) // _PROBED_PART)))
+    others = sorted(set(range(len(images))) - set(probes))
+    measures_first = model.kind == LOOSE and len(others) > 0
+    if measures_first:
+        read = images.take(others)
+        model.fit(tqdm(read, "Measuring normal images", len(read), disable=quiet), stride=stride)
+        model.fit_normal_limit(torch.cat(list(images.take(probes))))
+    model.fit(tqdm(images, "Building the memory bank", len(images), disable=quiet), stride=stride)
+    if not measures_first:
+        model.fit_normal_limit(measured)
 
 
 def threshold_of_training(

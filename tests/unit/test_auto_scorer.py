@@ -4,15 +4,18 @@
 """The scorer and the combination of scales that are chosen from normal images."""
 
 import math
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from anomalib.data.utils.tiler import Tiler
 
 from anomalib_pedenet import PedenetModel
 from anomalib_pedenet.anomaly_map import scores_to_map
 from anomalib_pedenet.host.earlier_versions import bring_up_to_date
 from anomalib_pedenet.kinds import ALIGNED, LOOSE, SURFACE
 from anomalib_pedenet.scorers import GaussianMixtureScorer, NearestNeighborScorer, ProbabilisticPcaScorer
+from anomalib_pedenet.training.bank_building import fit_scorers
 
 LEARNED = {32: 0.49, 64: 0.81}
 
@@ -191,3 +194,64 @@ def test_kinds_of_earlier_versions_are_scored_as_they_were(number: int, kind: st
 def test_a_kind_of_a_later_version_is_refused() -> None:
     with pytest.raises(ValueError, match="a kind 9 of images, of a later version"):
         PedenetModel(scorer="auto").set_extra_state(torch.tensor([1.0, 1.0, 1.0, 1.0, 9.0]))
+
+
+def test_the_edge_of_a_region_makes_no_loose_parts_of_a_surface() -> None:
+    rows, columns = torch.meshgrid(torch.arange(96) - 48, torch.arange(128) - 64, indexing="ij")
+    images = surface()
+    torch.manual_seed(0)
+    model = PedenetModel(scorer="auto", stride=8, bank_size=200).eval()
+    model.region.set(rows.square() + columns.square() < 40**2)
+    model.fit_standardization(images)
+    model.calibrate(images, learned=LEARNED)
+    assert model.kind is SURFACE
+
+
+class Images:
+    """Images that can be taken in parts."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.images.split(1))
+
+    def take(self, positions: Sequence[int]) -> "Images":
+        return Images(self.images[list(positions)])
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_of_few_loose_parts_a_defect_is_found(count: int) -> None:
+    images = loose(count + 6)
+    torch.manual_seed(0)
+    model = PedenetModel(scorer="auto", stride=8).eval()
+    model.fit_standardization(images[:count])
+    model.calibrate(images[:count], learned=LEARNED)
+    assert model.kind is LOOSE
+    fit_scorers(model, Images(images[:count]), images[:count], quiet=True)
+    good = images[count:]
+    defective = good.clone()
+    defective[:, :, 40:56, 48:64] = 0.0
+    assert (model(defective).pred_score > model(good).pred_score).all()
+    assert model(good).pred_score.max() < 0.999
+
+
+def test_a_single_image_is_scored_by_a_mixture() -> None:
+    assert fitted(loose()[:1]).kind is SURFACE
+
+
+def test_aligned_parts_at_another_stride_are_refused() -> None:
+    model = fitted(aligned())
+    model.stride = 4
+    with pytest.raises(ValueError, match="keep the image_size and the stride of the training"):
+        model(aligned())
+
+
+def test_tiles_are_never_aligned() -> None:
+    model = PedenetModel(scorer="auto", stride=8, position_weight=4.0).eval()
+    model.tiler = Tiler(tile_size=64, stride=64)
+    model.calibrate(surface(), learned=LEARNED)
+    assert model.kind is not ALIGNED

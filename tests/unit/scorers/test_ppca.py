@@ -21,6 +21,7 @@ def grids(count: int = 40, height: int = 3, width: int = 4) -> torch.Tensor:
 
 def test_with_all_directions_and_no_shrinkage_distances_are_padims(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ppca, "_SHRINKAGE", 0.0)
+    monkeypatch.setattr(ppca, "_HALF_SHRUNK", 0.0)
     monkeypatch.setattr(ppca, "_DIRECTIONS", 8)
     images, queries = grids(), grids(2) + 0.3
     scorer = ProbabilisticPcaScorer(8)
@@ -71,6 +72,26 @@ def test_the_typical_score_is_the_root_mean_square_of_the_training_images() -> N
     # The unbiased covariance is larger by 40 / 39 than the mean square of the images themselves.
     expected = scorer(images).square().mean().mul(40 / 39).sqrt().item()
     assert scorer.typical_score.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_new_images_of_few_known_ones_are_not_far_off() -> None:
+    for count, most in ((1, 3.0), (2, 3.0), (3, 2.5), (10, 1.6)):
+        images = grids(count + 20)
+        scorer = ProbabilisticPcaScorer(8)
+        scorer.fit([images[:count]])
+        assert scorer(images[count:]).mean() < most * scorer.typical_score
+
+
+def test_what_is_hidden_does_not_count() -> None:
+    images = grids(20, 6, 6)
+    hidden = images.clone()
+    hidden[:, 3:] = 1.0
+    scorer = ProbabilisticPcaScorer(8)
+    scorer.fit([images[:, :3]])
+    expected, typical = scorer(images[:, :3]), scorer.typical_score
+    scorer.fit([hidden])
+    torch.testing.assert_close(scorer(hidden)[:, :3], expected, rtol=1e-4, atol=1e-4)
+    assert scorer.typical_score.item() == pytest.approx(typical.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("images", [grids(1), grids(2), torch.zeros(5, 3, 4, 8), grids(3, 1, 1)])
