@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import pad
 
 from anomalib_pedenet.scorers.base import Scorer
-from anomalib_pedenet.scorers.density import squared_distances, whiten
+from anomalib_pedenet.scorers.density import whiten
 from anomalib_pedenet.scorers.gaussian_mixture import neighbor_groups
 
 # Directions that each place has.
@@ -35,7 +35,7 @@ _NO_VARIANCE = 1e-6
 # Least variance, as a fraction of the mean one, and as a number.
 _LEAST_VARIANCE, _TINY_VARIANCE = 1e-3, 1e-6
 
-_TAUGHT = 8  # Gaussians that a teaching adds at most
+_TAUGHT = 128  # rows that a teaching adds at most
 
 
 class ProbabilisticPcaScorer(Scorer):
@@ -57,8 +57,7 @@ class ProbabilisticPcaScorer(Scorer):
     scales: torch.Tensor
     noise_scales: torch.Tensor
     blocks: torch.Tensor
-    taught_whitening: torch.Tensor
-    taught_shifts: torch.Tensor
+    taught: torch.Tensor
 
     def __init__(self, embedding_dim: int = 64, seed: int = 0) -> None:
         super().__init__(embedding_dim, seed)
@@ -70,9 +69,7 @@ class ProbabilisticPcaScorer(Scorer):
         self.register_buffer("scales", torch.zeros(0, count))
         self.register_buffer("noise_scales", torch.zeros(0))
         self.register_buffer("blocks", torch.zeros(0, 0, dtype=torch.long))  # of each place, [h, w]
-        # Gaussians of what was taught, anywhere in the image: W and W mu, [T, Z, Z] and [T, Z].
-        self.register_buffer("taught_whitening", torch.zeros(0, embedding_dim, embedding_dim))
-        self.register_buffer("taught_shifts", torch.zeros(0, embedding_dim))
+        self.register_buffer("taught", torch.zeros(0, embedding_dim))  # U z of what is normal anywhere, [T, Z]
         self._moments: _BlockMoments | None = None  # of the fit under way
 
     @property
@@ -109,8 +106,7 @@ class ProbabilisticPcaScorer(Scorer):
         self.directions = vectors[..., -kept:].transpose(1, 2).contiguous().to(self.unit)
         self.scales, self.noise_scales = variances[:, -kept:].rsqrt().to(self.unit), noise.rsqrt().to(self.unit)
         self.blocks = blocks
-        self.taught_whitening = self.unit.new_zeros(0, self.embedding_dim, self.embedding_dim)
-        self.taught_shifts = self.unit.new_zeros(0, self.embedding_dim)
+        self.taught = self.unit.new_zeros(0, self.embedding_dim)
         squared = (found[:, -kept:] / variances[:, -kept:]).sum(dim=1) + found[:, :-kept].sum(dim=1) / noise
         return (shares * squared).sum().clamp(min=0).sqrt()
 
@@ -138,27 +134,27 @@ class ProbabilisticPcaScorer(Scorer):
                 parts.append(along * _of_places(scale, self.blocks))
             rest = rest * _of_places(self.noise_scales, self.blocks)[..., None]
             squared = torch.stack(parts).square().sum(dim=0) + rest.square().sum(dim=-1)
-            if len(self.taught_shifts):
-                taught = squared_distances(embeddings, self.taught_whitening, self.taught_shifts).amin(dim=-1)
-                squared = torch.minimum(squared, taught + self.typical_score.square())
+            if len(self.taught):
+                squared = torch.minimum(squared, self._from_taught(embeddings @ self.unit.T))
             return squared.sqrt()
 
-    def teach(self, embeddings: torch.Tensor) -> None:
-        """Add a few Gaussians for further normal embeddings, wherever in the image they lie.
+    def _from_taught(self, units: torch.Tensor) -> torch.Tensor:
+        """Return squared distances ``[B, h, w]`` of embeddings, in units, to what was taught, none below typical."""
+        products = units @ self.taught.T - self.taught.square().sum(dim=1) / 2  # [B, h, w, T]
+        squared = units.square().sum(dim=-1) - 2 * products.amax(dim=-1)
+        return squared.clamp(min=0) + self.typical_score.square()
 
-        Each has the mean covariance of the places and of what it was made from. Its mean has the score of a typical
-        normal patch.
+    def teach(self, embeddings: torch.Tensor) -> None:
+        """Take further embeddings for normal, wherever in the image they lie.
+
+        Their distance is that to the nearest of 128 rows at most, centers of what was taught, by the mean covariance of
+        all places. There it is as that of a typical normal patch.
 
         Args:
             embeddings (torch.Tensor): Embeddings ``[N, Z]``, one or more.
         """
-        root = torch.linalg.solve_triangular(self.unit, torch.eye(self.embedding_dim).to(self.unit), upper=False)
-        for members in neighbor_groups(embeddings.to(self.unit), _TAUGHT, self.seed):
-            mean = members.mean(dim=0)
-            scatter = (members - mean).T @ (members - mean) / len(members)
-            whitening = whiten((root @ root.T + scatter)[None], 0.0)
-            self.taught_whitening = torch.cat([self.taught_whitening, whitening])
-            self.taught_shifts = torch.cat([self.taught_shifts, (whitening[0] @ mean)[None]])
+        groups = neighbor_groups(embeddings.to(self.unit) @ self.unit.T, _TAUGHT, self.seed)
+        self.taught = torch.cat([self.taught, *[members.mean(dim=0, keepdim=True) for members in groups]])
 
 
 def _of_places(values: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

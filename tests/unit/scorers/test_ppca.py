@@ -123,5 +123,5 @@ def test_what_is_taught_is_normal_anywhere_and_nothing_else_changes() -> None:
     torch.testing.assert_close(scorer(images), before, rtol=0, atol=0)
     assert scorer(-everywhere).min() > 4 * scorer.typical_score
     scorer.fit([images])
-    assert not len(scorer.taught_shifts)
+    assert not len(scorer.taught)
     torch.testing.assert_close(scorer(images), before, rtol=0, atol=0)
