@@ -17,10 +17,8 @@ from anomalib_pedenet.aftercare.inspector import Inspector
 from anomalib_pedenet.data.normal_images import spread
 from anomalib_pedenet.false_alarms import FalseAlarmThreshold, default_threshold
 from anomalib_pedenet.region import AUTO_ROI, find_roi
-from anomalib_pedenet.training.bank_building import fit_scorers
+from anomalib_pedenet.training.bank_building import CALIBRATION_IMAGES, fit_scorers
 from anomalib_pedenet.training.out_of_fold import score_out_of_fold
-
-_SAMPLE = 32  # images that the choices of a training are made by
 
 # Names, or their first parts, of what does not change with the region.
 _KEPT = ("embedding_network.", "density_networks.", "location_networks.", "defect_networks.", "input_", "learned")
@@ -79,7 +77,7 @@ def mask_checkpoint(
     if len(images) < 2:
         msg = f"What is normal in a region is learned from two training images or more, got {len(images)}."
         raise ValueError(msg)
-    sample = torch.cat(list(images.take(spread(len(images), _SAMPLE))))
+    sample = torch.cat(list(images.take(spread(len(images), CALIBRATION_IMAGES))))
     if roi == AUTO_ROI:
         visible = find_roi(sample)
         if bool(visible.all()):

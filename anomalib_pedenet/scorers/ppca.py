@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from anomalib_pedenet.scorers.base import Scorer
 from anomalib_pedenet.scorers.density import whiten
 from anomalib_pedenet.scorers.gaussian_mixture import neighbor_groups
+from anomalib_pedenet.scorers.nearest_neighbor import append_norms, append_ones, to_distances
 
 # Directions that each place has.
 _DIRECTIONS = 4
@@ -140,9 +141,8 @@ class ProbabilisticPcaScorer(Scorer):
 
     def _from_taught(self, units: torch.Tensor) -> torch.Tensor:
         """Return squared distances ``[B, h, w]`` of embeddings, in units, to what was taught, none below typical."""
-        products = units @ self.taught.T - self.taught.square().sum(dim=1) / 2  # [B, h, w, T]
-        squared = units.square().sum(dim=-1) - 2 * products.amax(dim=-1)
-        return squared.clamp(min=0) + self.typical_score.square()
+        products = append_ones(units) @ append_norms(self.taught).T  # [B, h, w, T]
+        return to_distances(units, products.amax(dim=-1)).square() + self.typical_score.square()
 
     def teach(self, embeddings: torch.Tensor) -> None:
         """Take further embeddings for normal, wherever in the image they lie.

@@ -54,7 +54,8 @@ def build_memory_bank(
     """
     sample = images.sample(trained_on, CALIBRATION_IMAGES)
     weights = model.calibrate(sample, stride, learned)
-    fit_scorers(model, images.images(trained_on), sample if unseen is None else unseen.to(sample.device), stride, quiet)
+    unseen = None if unseen is None else unseen.to(sample.device)
+    fit_scorers(model, images.images(trained_on), sample, stride, unseen, quiet)
     shares = model.scale_shares
     logger.info(
         "%s Scored by %s: patches of %s.",
@@ -65,30 +66,37 @@ def build_memory_bank(
 
 
 def fit_scorers(
-    model: PedenetModel, images: ImageSet, measured: torch.Tensor, stride: int | None = None, quiet: bool = False
+    model: PedenetModel,
+    images: ImageSet,
+    sample: torch.Tensor,
+    stride: int | None = None,
+    unseen: torch.Tensor | None = None,
+    quiet: bool = False,
 ) -> None:
     """Fit a calibrated model's scorers, and measure what normal images score.
 
-    Those that a memory bank holds lie too near to it. So where loose parts are compared with its rows, a bank of three
-    quarters of the images is built first, and the scales are measured on others.
+    Those that a memory bank holds lie too near to it. So where loose parts are compared with its rows, and no others
+    are at hand, a bank of three quarters of the images is built first, and the scales are measured on the rest.
 
     Args:
         model (PedenetModel): A calibrated model.
         images (ImageSet): The images to fit it on.
-        measured (torch.Tensor): Normal images ``[N, 3, H, W]`` to measure others than loose parts by.
+        sample (torch.Tensor): Some of them ``[N, 3, H, W]``, to measure others than loose parts by.
         stride (int | None): Distance between patches in pixels. Defaults to the model's.
+        unseen (torch.Tensor | None): Normal images ``[N, 3, H, W]`` that are not among them, to measure by instead.
+            Defaults to ``None``.
         quiet (bool): Whether no progress is shown. Defaults to ``False``.
     """
     probes = spread(len(images), min(CALIBRATION_IMAGES, max(1, len(images) // _PROBED_PART)))
     others = sorted(set(range(len(images))) - set(probes))
-    measures_first = model.kind == LOOSE and len(others) > 0
+    measures_first = unseen is None and model.kind == LOOSE and len(others) > 0
     if measures_first:
         read = images.take(others)
         model.fit(tqdm(read, "Measuring normal images", len(read), disable=quiet), stride=stride)
         model.fit_normal_limit(torch.cat(list(images.take(probes))))
     model.fit(tqdm(images, "Building the memory bank", len(images), disable=quiet), stride=stride)
     if not measures_first:
-        model.fit_normal_limit(measured)
+        model.fit_normal_limit(sample if unseen is None else unseen)
 
 
 def threshold_of_training(

@@ -239,6 +239,15 @@ def test_of_few_loose_parts_a_defect_is_found(count: int) -> None:
     assert model(good).pred_score.max() < 0.999
 
 
+def test_loose_parts_are_measured_by_unseen_images_if_there_are_any() -> None:
+    images, unseen = loose(8), loose(12)[8:]
+    model = fitted(images)
+    fit_scorers(model, Images(images), images, unseen=unseen, quiet=True)
+    found = model.map_offsets.clone()
+    model.fit_normal_limit(unseen)
+    torch.testing.assert_close(found, model.map_offsets, rtol=0, atol=0)
+
+
 def test_a_single_image_is_scored_by_a_mixture() -> None:
     assert fitted(loose()[:1]).kind is SURFACE
 
