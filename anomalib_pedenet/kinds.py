@@ -3,7 +3,7 @@
 
 """Kinds of images, told apart by normal ones, and what scores each best."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +23,7 @@ class Kind:
         is_soft_maximum (bool): Whether the scales' maps are joined by the soft maximum, else by their product.
         is_whitened (bool): Whether embeddings are whitened before.
         has_means (bool): Whether each place's mean is taken away before.
+        is_relative (bool): Whether each image's own mean is taken away before that.
     """
 
     name: str
@@ -30,20 +31,24 @@ class Kind:
     is_soft_maximum: bool
     is_whitened: bool = False
     has_means: bool = False
+    is_relative: bool = False
 
 
 ALIGNED = Kind("aligned parts", "ppca", is_soft_maximum=False)
 LOOSE = Kind("loose parts", "exact", is_soft_maximum=True, is_whitened=True)
-SURFACE = Kind("a surface", "gaussian_mixture", is_soft_maximum=True, is_whitened=True, has_means=True)
+SURFACE = Kind(
+    "a surface", "gaussian_mixture", is_soft_maximum=True, is_whitened=True, has_means=True, is_relative=True
+)
 
 KINDS = (
     Kind("no aligned parts", "gaussian_mixture", is_soft_maximum=True),
     Kind("aligned parts", "exact", is_soft_maximum=False),
     ALIGNED,
     LOOSE,
+    replace(SURFACE, is_relative=False),
     SURFACE,
 )
-"""All kinds, in the order of their numbers in checkpoints. The first two are those of earlier versions."""
+"""All kinds, in the order of their numbers in checkpoints. Those that are no constant are of earlier versions."""
 
 
 def kind_of_number(number: int) -> Kind:

@@ -92,8 +92,8 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
         scorer (str | dict | None): How embeddings are compared with normal ones. ``"auto"`` chooses from the normal
             images: ``"ppca"`` where all images show a part in the same place, so that each patch is compared with
             normal ones of its place; ``"exact"`` for loose parts, with whitened embeddings; and
-            ``"gaussian_mixture"`` for surfaces, less the mean of each place. Nearest neighbour: ``"exact"``,
-            ``"local"`` (same place of the image only), or with faiss ``"faiss_flat"``, ``"faiss_ivf"``,
+            ``"gaussian_mixture"`` for surfaces, less the means of the image and of each place. Nearest neighbour:
+            ``"exact"``, ``"local"`` (same place of the image only), or with faiss ``"faiss_flat"``, ``"faiss_ivf"``,
             ``"faiss_hnsw"``, ``"faiss_pq"``. Densities: ``"gaussian_mixture"`` (48 Gaussians), ``"density"`` (the DE
             network's mixture), ``"mahalanobis"`` (a Gaussian for each place), ``"ppca"`` (likewise, of four
             directions). One-class models: ``"ocsvm"``, ``"svdd"``. With arguments: a ``class_path`` (a name, or the

@@ -18,7 +18,7 @@ from anomalib.data.utils.tiler import Tiler
 from torch import nn
 
 from anomalib_pedenet.anomaly_map import Combination, combine_maps, measure_maps, scores_to_map, soft_maximum
-from anomalib_pedenet.dense_embedding import embed_images
+from anomalib_pedenet.dense_embedding import embed_images, less_image_mean
 from anomalib_pedenet.kinds import AUTO_SCORER, KINDS, LOOSE, Kind, kind_of_number
 from anomalib_pedenet.networks import (
     SMALL_CHANNELS,
@@ -102,7 +102,6 @@ class ScoringModel(nn.Module):
         self.seed = seed
         self.position_weight = position_weight
         self.tiler: Tiler | None = None
-
         self._register_what_is_measured()
         # How much each scored scale counts. Not a buffer, because it decides what is computed, in exported graphs too.
         self._scale_weights = [1.0] * len(self.scored_sizes)
@@ -117,7 +116,6 @@ class ScoringModel(nn.Module):
         self.projections = nn.ModuleDict(
             {str(size): PrincipalProjection(count, min(count, embedding_dim)) for size, count in channels.items()},
         )
-        self.whitenings = nn.ModuleDict({str(size): Whitening() for size in self.scored_sizes})
         self.set_scorer(scorer)
         weight = 0.0 if position_weight == "auto" else position_weight
         self.position_encodings = nn.ModuleDict({str(size): PositionEncoding(weight) for size in self.scored_sizes})
@@ -173,8 +171,7 @@ class ScoringModel(nn.Module):
         """Take a scorer, not fitted, at every scale, and leave embeddings as they are."""
         self.scorer_in_use = scorer
         self.scorers = nn.ModuleDict({str(size): self._make_scorer(size) for size in self.scored_sizes})
-        for whitening in self.whitenings.values():
-            whitening.reset()
+        self.whitenings = nn.ModuleDict({str(size): Whitening() for size in self.scored_sizes}).to(self.input_mean)
 
     def _make_scorer(self, size: int) -> Scorer:
         """Return a scorer, not fitted, for a scale."""
@@ -201,12 +198,9 @@ class ScoringModel(nn.Module):
         return {size: weight for size, weight in weights if weight > 0}
 
     def get_extra_state(self) -> torch.Tensor:
-        """Return the scales' weights, and the number of the images' kind (0 without one), ``[S + 1]``.
-
-        It is a tensor like all else in a checkpoint.
-        """
+        """Return the scales' weights, and the number of the images' kind (0 without one), ``[S + 1]``."""
         kind = 0 if self.kind is None else KINDS.index(self.kind)
-        return torch.tensor([*self._scale_weights, kind], dtype=torch.float64)
+        return torch.tensor([*self._scale_weights, kind], dtype=torch.float64)  # like all else in a checkpoint
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Take the scales' weights and the kind of the images from a checkpoint.
@@ -225,9 +219,8 @@ class ScoringModel(nn.Module):
 
     @property
     def _is_soft_maximum(self) -> bool:
-        if self.combination != "auto":
-            return False
-        return self.scorer_in_use == "gaussian_mixture" if self.kind is None else self.kind.is_soft_maximum
+        is_of_kind = self.scorer_in_use == "gaussian_mixture" if self.kind is None else self.kind.is_soft_maximum
+        return self.combination == "auto" and is_of_kind
 
     def check_is_fitted(self) -> None:
         """Check that there is something to score with, a memory bank for instance.
@@ -371,12 +364,23 @@ class ScoringModel(nn.Module):
         """Project mid-level embeddings, and leave trained ones as they are."""
         return self.projections[str(size)](grid) if str(size) in self.projections else grid
 
+    def _describe(self, grid: torch.Tensor, size: int, image_size: Sequence[int], stride: int) -> torch.Tensor:
+        """Project mid-level embeddings ``[B, Z, h, w]``, and take each image's mean away from those of a surface."""
+        grid = self._project(grid, size)
+        is_relative = self.kind is not None and self.kind.is_relative
+        return less_image_mean(grid, self._shown_patches(image_size, size, stride)) if is_relative else grid
+
     def _arrange(self, grid: torch.Tensor, size: int, images: torch.Tensor, stride: int) -> torch.Tensor:
         """Arrange the embeddings ``[B, Z, h, w]`` of images as their scorer takes them, ``[B, h, w, Z or Z + 2]``."""
-        grid = self.whitenings[str(size)](self._project(grid, size))
+        grid = self.whitenings[str(size)](self._describe(grid, size, images.shape[-2:], stride))
         if self.scorers[str(size)].encodes_position:
             grid = self.position_encodings[str(size)](grid, images.shape[-2:], stride)
         return grid.permute(0, 2, 3, 1)
+
+    def _shown_patches(self, size: Sequence[int], patch_size: int, stride: int) -> torch.Tensor:
+        """Return which patches of images of some height and width have a part in visible pixels' scores, ``[h, w]``."""
+        # A pixel's score is that of its window, which reaches half a step of the map to each side.
+        return self.region.patches((size[0], size[1]), patch_size, stride, margin=self.stride // 2)
 
     def _embed(self, images: torch.Tensor, stride: int, sizes: Sequence[int] | None = None) -> dict[int, torch.Tensor]:
         """Return the embeddings ``[B, Z, h, w]`` of all patches of pre-processed images, for each size that counts."""
@@ -386,13 +390,11 @@ class ScoringModel(nn.Module):
         """Check that the model goes with its tiler, if one is set; see :func:`anomalib_pedenet.tiling.check_tiler`."""
         if self.tiler is None:
             return
-        scorers = list(self.scorers.values())
-        encodes_position = any(scorer.encodes_position for scorer in scorers)
-        weights = [float(self.position_encodings[str(size)].weight) for size in self.scale_shares]
+        encoded = [size for size in map(str, self.scale_shares) if self.scorers[size].encodes_position]
         check_tiler(
             self.tiler,
             max(self.scale_shares),
             has_region=not self.region.is_everywhere,
             by_place=self._goes_by_place,
-            position_weight=max(weights) if encodes_position else 0.0,
+            position_weight=max((float(self.position_encodings[size].weight) for size in encoded), default=0.0),
         )

@@ -31,10 +31,6 @@ class Whitening(DynamicBufferMixin, nn.Module):
         self.register_buffer("mean", torch.zeros(0, 1, 1))
         self.register_buffer("components", torch.zeros(0, 0))
 
-    def reset(self) -> None:
-        """Leave embeddings as they are from now on."""
-        self.mean, self.components = self.mean.new_zeros(0, 1, 1), self.components.new_zeros(0, 0)
-
     @torch.no_grad()
     def fit(self, grids: torch.Tensor, by_place: bool, chosen: torch.Tensor | None = None) -> None:
         """Fit on normal patches.

@@ -81,11 +81,16 @@ def test_loose_parts_are_compared_with_whitened_rows_of_a_bank() -> None:
         assert rows.var(dim=0).median() > 0.2
 
 
-def test_surfaces_are_compared_with_a_mixture_after_the_mean_of_the_place() -> None:
+def test_surfaces_are_compared_with_a_mixture_after_the_means_of_image_and_place() -> None:
     model = fitted(surface())
     assert model.kind is SURFACE
     assert all(isinstance(scorer, GaussianMixtureScorer) for scorer in model.scorers.values())
     assert model.scale_shares == pytest.approx({16: 1.0, 24: 1.0, 32: 0.7, 64: 0.9})
+    for size, patches in model.patch_scores(surface()):
+        whitening = model.whitenings[str(size)]
+        of_image = patches.embeddings.mean(dim=(1, 2))
+        of_places = whitening.components @ whitening.mean.mean(dim=(1, 2))
+        torch.testing.assert_close(of_image, -of_places.expand_as(of_image), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("images", [aligned(), loose(), surface()])
@@ -103,6 +108,7 @@ def test_the_map_is_the_soft_maximum_of_the_scales_one_by_one() -> None:
         if str(size) in model.projections:
             grid = model.projections[str(size)](grid)
         whitening = model.whitenings[str(size)]
+        grid = grid - grid.mean(dim=(2, 3), keepdim=True)
         grid = torch.einsum("yz,bzhw->byhw", whitening.components, grid - whitening.mean)
         scorer = model.scorers[str(size)]
         scores = scorer(grid.permute(0, 2, 3, 1)) / scorer.typical_score
