@@ -22,14 +22,7 @@ Run = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
 
 def load_torch(path: Path, threads: int, *, compiled: bool = False, device: str = "cpu") -> Run:
-    """Load a Torch export. It is pickled: load none but your own.
-
-    Args:
-        path (Path): File ``model.pt``.
-        threads (int): Threads of the CPU.
-        compiled (bool): Whether to compile it, at the first run. Defaults to ``False``.
-        device (str): ``"cpu"`` or ``"cuda"``. Defaults to ``"cpu"``.
-    """
+    """Load a Torch export, compiled at its first run if asked for. It is pickled: load none but your own."""
     import torch
 
     torch.set_num_threads(threads)
@@ -58,24 +51,16 @@ def load_onnx(path: Path, threads: int) -> Run:
 
 
 def load_openvino(path: Path, threads: int, *, precision: str = "f32") -> Run:
-    """Load an OpenVINO export, on the CPU.
+    """Load an OpenVINO export on the CPU, for one image or one batch at a time.
 
-    Args:
-        path (Path): File ``model.xml``, beside ``model.bin``.
-        threads (int): Threads.
-        precision (str): ``"f32"``, or ``"default"`` for OpenVINO's choice: bfloat16 on processors that have it.
-            Defaults to ``"f32"``.
+    ``precision`` may be ``"default"`` for OpenVINO's choice: bfloat16 on processors that have it.
     """
     import openvino
 
-    model = openvino.Core().compile_model(path, "CPU", openvino_config(threads, precision))
-    return lambda images: {output.any_name: value for output, value in model(images).items()}
-
-
-def openvino_config(threads: int, precision: str) -> dict[str, str | int]:
-    """Return OpenVINO's configuration for one image, or one batch, at a time."""
     config: dict[str, str | int] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    return config if precision == "default" else config | {"INFERENCE_PRECISION_HINT": precision}
+    config |= {} if precision == "default" else {"INFERENCE_PRECISION_HINT": precision}
+    model = openvino.Core().compile_model(path, "CPU", config)
+    return lambda images: {output.any_name: value for output, value in model(images).items()}
 
 
 LOADERS: dict[str, Callable[..., Run]] = {"torch": load_torch, "onnx": load_onnx, "openvino": load_openvino}

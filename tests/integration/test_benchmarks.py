@@ -1,102 +1,109 @@
 # Copyright (C) 2026 The anomalib-pedenet authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The benchmarks of training run from the command line, and write what they say."""
+"""The benchmarks of time run from the command line, and what they say of it can be believed."""
 
-import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 import yaml
-from sklearn.metrics import roc_auc_score
 
 from anomalib_pedenet import Pedenet
-from anomalib_pedenet.argument_checks import changes, check_changes
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-BASE = "{max_steps: 4, image_size: [144, 160], crops_per_step: 1, bank_size: 300}"
 
 
 @pytest.fixture
 def data(dataset_root: Path, tmp_path: Path) -> list[str]:
-    config = {
-        "class_path": "anomalib.data.MVTecAD",
-        "init_args": {"root": str(dataset_root), "category": "stripes", "train_batch_size": 3, "num_workers": 0},
-    }
-    path = tmp_path / "stripes.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return ["--data", str(path)]
+    arguments = {"root": str(dataset_root), "category": "stripes", "train_batch_size": 3, "num_workers": 0}
+    config = {"class_path": "anomalib.data.MVTecAD", "init_args": arguments}
+    (tmp_path / "stripes.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return ["--data", str(tmp_path / "stripes.yaml")]
 
 
 def run(script: str, *arguments: str) -> str:
+    path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
     command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-METHODS = {BENCHMARKS / "methods.yaml", BENCHMARKS / "ways.yaml"}
-SETTINGS = sorted(set(BENCHMARKS.glob("*.yaml")) - METHODS)
-
-
-@pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
-def test_settings_are_arguments_of_the_model(path: Path) -> None:
-    for name, arguments in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        assert Pedenet(**arguments).hparams.items() >= arguments.items(), name
-
-
-def test_ways_of_scoring_are_arguments_beside_trained_weights() -> None:
-    """What cannot be changed for a checkpoint is no way of scoring it."""
-    first, *ways = yaml.safe_load((BENCHMARKS / "ways.yaml").read_text(encoding="utf-8")).items()
-    assert first[0] == "Pedenet"
-    defaults = Pedenet().hparams
-    for name, way in ways:
-        assert way["weights_of"] == "Pedenet"
-        hparams = Pedenet(**way["model"]["init_args"]).hparams
-        asked = changes(hparams, defaults)
-        assert asked, name
-        check_changes(asked, hparams, defaults, "evaluate")
-
-
-def test_batches_of_a_validation_compare_whatever_their_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    metric = importlib.import_module("train").ValidationAUROC("val_", ["pred_score", "gt_label"])
-    scores = torch.tensor([0.2, 0.9, 0.8, 1.5, 40.0, 30.0, -0.5, 0.7])
-    labels = torch.tensor([0, 1, 0, 1, 1, 1, 0, 1])
-    for part, truth in zip(scores.split(2), labels.split(2), strict=True):
-        metric.update(SimpleNamespace(pred_score=part, gt_label=truth))
-    metric.update(SimpleNamespace(pred_score=None, gt_label=truth))
-    assert metric.name == "val_AUROC"
-    assert metric.compute() == pytest.approx(roc_auc_score(labels, scores))
+LATENCY = ["latency.py", "--rounds", "1", "--threads", "1", "--images", "4"]
 
 
 @pytest.mark.slow
-def test_settings_are_ranked_by_drawn_defects_and_a_benchmark_goes_on(data: list[str], tmp_path: Path) -> None:
-    output = tmp_path / "runs" / "settings"
-    arguments = ["train.py", *data, "--base", BASE, "--holdout", "0.34", "--curve", "--output", str(output)]
-    assert "rank correlation" in run(*arguments, "--set", "{}", "--set", "{lambda_syn: 0.0}")
-    run(*arguments, "--set", "{}", "--set", "{lambda_syn: 0.0}", "--set", "{lambda_den: 0.0}")
-    rows = pd.read_csv(f"{output}.csv")
-    assert list(rows["settings"]) == ["{}", "{'lambda_syn': 0.0}", "{'lambda_den': 0.0}"]
-    assert rows[["pixel_AUROC", "image_AUROC", "drawn_pixel_AUROC"]].stack().between(0, 1).all()
-    assert (rows["steps"] == 4).all()
-    curves = pd.read_csv(f"{output}_curve.csv")
-    assert (curves.groupby("settings")["seconds"].diff().dropna() > 0).all()
+def test_pedenet_and_a_peer_take_the_same_routes(tmp_path: Path) -> None:
+    output = tmp_path / "runs" / "latency"
+    arguments = ["--image_size", "112", "128", "--strides", "16", "--batches", "2", "--output", str(output)]
+    run(*LATENCY, *arguments, "--models", "Pedenet", "PaDiM", "--routes", "torch eager", "OpenVINO FP16, f32")
+    table = pd.read_csv(f"{output}.csv").set_index(["model", "route"])
+    assert len(table) == 4
+    assert (table[["ms", "repetitions", "bytes", "threads"]] > 0).all(axis=None)
+    assert (table["batch"] == 2).all()
+    # Half-precision weights have 11 significant bits.
+    assert (table.xs("torch eager", level="route")["map_error"] < 1e-5).all()
+    assert table.xs("OpenVINO FP16, f32", level="route")["map_error"].between(1e-9, 2e-2).all()
+    assert table.loc[("Pedenet", "OpenVINO FP16, f32"), "bytes"] < table.loc[("Pedenet", "torch eager"), "bytes"]
+    if Path("/proc/self/status").exists():
+        # OpenVINO's process holds no torch.
+        memory = table["peak_mib"].unstack()
+        assert (memory["OpenVINO FP16, f32"] < memory["torch eager"] / 2).all()
 
 
 @pytest.mark.slow
-def test_builders_of_small_banks_are_compared(tmp_path: Path) -> None:
-    output = tmp_path / "coresets"
-    run("coresets.py", "--embeddings", "4000", "--size", "50", "--limit", "0.001", "--output", str(output))
-    rows = pd.read_csv(f"{output}.csv").set_index("builder")
-    assert set(rows.index) == {"uniform", "k_center", "k_means", "anomalib KCenterGreedy"}
-    assert (rows["rows"] == 50).all()
-    assert (rows["mean_distance"] > 0).all()
+@pytest.mark.parametrize("scorer", ["exact", "ppca"])
+def test_the_auroc_of_a_checkpoint_is_measured(scorer: str, data: list[str], tmp_path: Path) -> None:
+    """By place there is no bank, and no other stride."""
+    model = Pedenet(image_size=(144, 160), patch_sizes=[32], scored_sizes=[32], bank_size=300, scorer=scorer)
+    model.model.fit([torch.rand(4, 3, 144, 160)])
+    state = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    torch.save({"pytorch-lightning_version": "2.6.0", **state}, tmp_path / "model.ckpt")
+    arguments = ["--models", "Pedenet", "--routes", "torch eager", "--strides", "8", "16", "--batches", "1"]
+    arguments += ["--checkpoint", str(tmp_path / "model.ckpt"), "--output", str(tmp_path / "latency")]
+    printed = run(*LATENCY, *arguments, *data)
+    table = pd.read_csv(tmp_path / "latency.csv").set_index("stride")
+    assert (table["image_size"] == "144x160").all()
+    assert table[["pixel_AUROC", "image_AUROC"]].stack().between(0, 1).all()
+    assert list(table.index) == ([8, 16] if scorer == "exact" else [8])
+    assert ("left out: Pedenet, stride 16" in printed) == (scorer == "ppca")
+    assert table["pixel_AUROC"].is_unique
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batches", "1", "--data", "parts.yaml"], "needs a trained model"),
+        (["--batches", "8"], "--images must be at least twice the largest batch, 16"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        run(*LATENCY, *arguments)
+
+
+@pytest.mark.slow
+def test_every_search_is_measured_but_those_that_need_too_large_a_matrix(tmp_path: Path) -> None:
+    output = tmp_path / "runs" / "scorers"
+    # 50 x 300 distances take 5.6e-5 GiB, 20 x 300 of them 2.2e-5.
+    options = ["--device", "cpu", "--rounds", "1", "--largest_matrix", "4e-5", "--output", str(output)]
+    run("scorers.py", *options, "--rows", "300", "--queries", "20", "50")
+    table = pd.read_csv(f"{output}.csv")
+    few, many = (table[table["queries"] == count].set_index("search") for count in (20, 50))
+    exact = ["exact", "faiss_flat", "torch.cdist", "anomalib PatchCore", "scikit-learn brute"]
+    assert set(few.index) == {*exact, "faiss_ivf", "faiss_hnsw", "faiss_pq"}
+    assert set(many.index) == set(few.index) - {"torch.cdist"}
+    assert (few.loc[exact, "recall"] == 1).all()
+    assert (few.loc[exact, "largest_error"] < 1e-4).all()
+    assert table["recall"].between(0, 1).all()
+    assert (table[["ms", "bytes", "repetitions", "matrix_tflops", "threads"]] > 0).all(axis=None)
+    assert few.loc["torch.cdist", "bytes"] == 300 * 64 * 4
 
 
 @pytest.mark.slow
@@ -106,3 +113,10 @@ def test_a_step_is_profiled(data: list[str]) -> None:
     assert float(figures["steps per second"]) > 0
     # The small encoder alone takes 0.4 GMAC for a crop, forwards; backwards twice as much; three views.
     assert 7.2 < float(figures["GFLOP per step"]) < 10
+
+
+@pytest.mark.slow
+def test_the_start_of_python_is_timed() -> None:
+    lines = run("startup.py", "--runs", "2").splitlines()
+    assert [line[:25].strip() for line in lines[1:]] == ["without", "with", "with, not compiled"]
+    assert all(float(line[25:].split()[0]) > 0 for line in lines[1:])
