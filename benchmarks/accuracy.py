@@ -46,8 +46,8 @@ def collect(folder: Path, methods: list[str], sets: dict[str, Any]) -> pd.DataFr
     """Return the rows of the methods' finished runs, sorted as the files of sets and methods are."""
     files = sorted((folder / "runs").glob("*.json"))
     rows = pd.DataFrame(json.loads(file.read_text(encoding="utf-8")) for file in files)
-    if rows.empty or not rows["method"].isin(methods).any():
-        sys.exit("No run is finished.")
+    if rows.empty:
+        return rows
     rows = rows[rows["method"].isin(methods)].drop(columns="curve", errors="ignore")
     order = list(dict.fromkeys([*sets, *rows["category"]]))
     kinds = {name: entry["kind"] for name, entry in sets.items() if "kind" in entry}
@@ -76,6 +76,8 @@ def main() -> None:
         parser.error("give --sets or --data: one of them")
     if options.sets is not None and (options.root or options.category or options.image_size):
         parser.error("--root, --category and --image_size go with --data; a file of sets has its own")
+    if options.image_size is not None and len(options.image_size) != 2:
+        parser.error(f"--image_size must be a height and a width, got {options.image_size}")
 
     if options.sets is not None:
         sets = read_sets(options.sets)
@@ -90,8 +92,9 @@ def main() -> None:
     runs = plan(chosen, methods, options.seeds, source.name, options.output, options.accelerator, options.curve)
     failed = run_all(runs, options.jobs)
     rows = collect(options.output, list(known), sets)
-    rows.to_csv(options.output / "results.csv", index=False)
-    print("\n\n".join(accuracy_tables(rows)), f"\n\nRendered {render(options.output)}")
+    if not rows.empty:
+        rows.to_csv(options.output / "results.csv", index=False)
+        print("\n\n".join(accuracy_tables(rows)), f"\n\nRendered {render(options.output)}")
     if failed:
         sys.exit(f"Failed: {'; '.join(failed)}. Repeat the command to try them again.")
 

@@ -179,22 +179,19 @@ def test_a_changed_default_is_another_setting(runs: ModuleType, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--names", "c"], "Unknown sets c: "),
-        (["--methods", "PaDiN"], "Unknown methods PaDiN: "),
-        (["--image_size", "64,64"], "--root, --category and --image_size go with --data"),
-        (["--data", "x.yaml"], "give --sets or --data"),
+        ("--sets sets.yaml --names c", "Unknown sets c: "),
+        ("--sets sets.yaml --methods PaDiN", "Unknown methods PaDiN: "),
+        ("--sets sets.yaml --image_size 64,64", "--root, --category and --image_size go with --data"),
+        ("--sets sets.yaml --data x.yaml", "give --sets or --data"),
+        ("--data x.yaml --image_size 64", "--image_size must be a height and a width, got [64]"),
     ],
 )
+@pytest.mark.usefixtures("runs")
 def test_bad_options_are_named(
-    options: list[str],
-    message: str,
-    runs: ModuleType,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    options: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    del runs  # makes the benchmarks importable
-    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--sets", str(folder / "sets.yaml"), *options])
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", *options.split()])
     with pytest.raises(SystemExit) as error:
         importlib.import_module("accuracy").main()
     assert message in capsys.readouterr().err + str(error.value)
