@@ -3,6 +3,7 @@
 
 """Kinds of images, told apart by normal ones, and what scores each best."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,7 @@ class Kind:
         is_whitened (bool): Whether embeddings are whitened before.
         has_means (bool): Whether each place's mean is taken away before.
         is_relative (bool): Whether each image's own mean is taken away before that.
+        kept (float): Part of the whitened directions that is scored, those in which normal embeddings vary most.
     """
 
     name: str
@@ -32,20 +34,26 @@ class Kind:
     is_whitened: bool = False
     has_means: bool = False
     is_relative: bool = False
+    kept: float = 1.0
+
+    def scored_dimension(self, dimension: int) -> int:
+        """Return how many directions of embeddings of a dimension are scored."""
+        return math.ceil(self.kept * dimension)
 
 
 ALIGNED = Kind("aligned parts", "ppca", is_soft_maximum=False)
-LOOSE = Kind("loose parts", "exact", is_soft_maximum=True, is_whitened=True)
+LOOSE = Kind("loose parts", "exact", is_soft_maximum=True, is_whitened=True, kept=0.75)
 SURFACE = Kind(
-    "a surface", "gaussian_mixture", is_soft_maximum=True, is_whitened=True, has_means=True, is_relative=True
+    "a surface", "gaussian_mixture", is_soft_maximum=True, is_whitened=True, has_means=True, is_relative=True, kept=0.75
 )
 
 KINDS = (
     Kind("no aligned parts", "gaussian_mixture", is_soft_maximum=True),
     Kind("aligned parts", "exact", is_soft_maximum=False),
     ALIGNED,
+    replace(LOOSE, kept=1.0),
+    replace(SURFACE, is_relative=False, kept=1.0),
     LOOSE,
-    replace(SURFACE, is_relative=False),
     SURFACE,
 )
 """All kinds, in the order of their numbers in checkpoints. Those that are no constant are of earlier versions."""

@@ -112,10 +112,10 @@ class ScoringModel(nn.Module):
         network = PatchEmbeddingNetwork(embedding_dim, filters, batch_norm=batch_norm, patch_sizes=self.patch_sizes)
         self.embedding_network = network.to(memory_format=torch.channels_last)
         self._make_networks_of_training(num_components, defect_prediction, whitened_density)
-        channels = {size: network.mid_level_channels(size) for size in self.scored_sizes if size in MID_LEVEL_SIZES}
-        self.projections = nn.ModuleDict(
-            {str(size): PrincipalProjection(count, min(count, embedding_dim)) for size, count in channels.items()},
-        )
+        self.projections = nn.ModuleDict()
+        for size in set(self.scored_sizes) & set(MID_LEVEL_SIZES):
+            channels = network.mid_level_channels(size)
+            self.projections[str(size)] = PrincipalProjection(channels, min(channels, embedding_dim))
         self.set_scorer(scorer)
         weight = 0.0 if position_weight == "auto" else position_weight
         self.position_encodings = nn.ModuleDict({str(size): PositionEncoding(weight) for size in self.scored_sizes})
@@ -128,7 +128,7 @@ class ScoringModel(nn.Module):
         self.register_buffer("input_mean", torch.zeros(3, 1, 1))
         self.register_buffer("input_std", torch.ones(()))
         self.register_buffer("normal_limit", torch.ones(()))
-        # What normal images score at each scale, and together, for the soft maximum.
+        # What normal images score at each scale, and together.
         self.register_buffer("map_offsets", torch.zeros(len(self.scored_sizes)))
         self.register_buffer("map_spreads", torch.ones(len(self.scored_sizes)))
         self.register_buffer("typical_score", torch.ones(()))
@@ -139,13 +139,13 @@ class ScoringModel(nn.Module):
         """Make the networks that only training needs, but for the scorer ``density``: one of each for every scale."""
         density = WhitenedDensityEstimationNetwork if whitened_density else DensityEstimationNetwork
         self.density_networks = nn.ModuleDict(
-            {str(size): density(num_components, self.embedding_dim) for size in self.patch_sizes},
+            {str(size): density(num_components, self.embedding_dim) for size in self.patch_sizes}
         )
         self.location_networks = nn.ModuleDict(
-            {str(size): LocationPredictionNetwork(self.embedding_dim) for size in self.patch_sizes},
+            {str(size): LocationPredictionNetwork(self.embedding_dim) for size in self.patch_sizes}
         )
         self.defect_networks = nn.ModuleDict(
-            {str(size): DefectPredictionNetwork(self.embedding_dim) for size in self.patch_sizes if defect_prediction},
+            {str(size): DefectPredictionNetwork(self.embedding_dim) for size in self.patch_sizes if defect_prediction}
         )
 
     def set_scorer(self, scorer: str | Mapping[str, Any]) -> None:
@@ -177,6 +177,8 @@ class ScoringModel(nn.Module):
         """Return a scorer, not fitted, for a scale."""
         is_trained = size in self.patch_sizes
         dimension = self.embedding_dim if is_trained else len(self.projections[str(size)].components)
+        if self.kind is not None:
+            dimension = self.kind.scored_dimension(dimension)
         return make_scorer(
             self.scorer_in_use,
             embedding_dim=dimension + 2 * scorer_class(self.scorer_in_use).encodes_position,
@@ -229,10 +231,8 @@ class ScoringModel(nn.Module):
             RuntimeError: If there is not.
         """
         if not self.is_fitted:
-            msg = (
-                "Pedenet has no memory bank yet, so it can neither score images nor be exported: train it first "
-                "(anomalib train), or load a trained checkpoint (--ckpt_path)."
-            )
+            msg = "Pedenet has no memory bank yet, so it can neither score images nor be exported: train it first "
+            msg += "(anomalib train), or load a trained checkpoint (--ckpt_path)."
             raise RuntimeError(msg)
 
     def standardize(self, images: torch.Tensor) -> torch.Tensor:
@@ -255,8 +255,7 @@ class ScoringModel(nn.Module):
         Returns:
             InferenceBatch: ``anomaly_map [B, 1, H, W]``, the mean score of the patches covering each pixel, and
                 ``pred_score [B]``, its maximum (times a weight, if the scorer has one for images). Both are
-                ``s / (s + normal_limit)``, so from 0 to below 1, and 0.5 for the highest score of normal images. They
-                are detached.
+                ``s / (s + normal_limit)``, so from 0 to below 1, and 0.5 for the highest score of normal images.
 
         Raises:
             RuntimeError: If the memory bank is empty.

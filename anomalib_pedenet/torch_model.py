@@ -147,7 +147,8 @@ class PedenetModel(ScoringModel):
             self.position_encodings[str(size)].weight.fill_(weight)
         if self.kind is not None and self.kind.is_whitened:
             by_place = self.kind.has_means and self.tiler is None  # tiles have no place
-            self.whitenings[str(size)].fit(grid, by_place, self._shown_patches(image_size, size, stride))
+            shown, kept = self._shown_patches(image_size, size, stride), self.kind.scored_dimension(grid.shape[1])
+            self.whitenings[str(size)].fit(grid, by_place, shown, kept)
 
     def _fit_projection(self, size: int, grid: torch.Tensor, image_size: tuple[int, int], stride: int) -> None:
         """Fit the projection of a mid-level scale; trained ones have none."""

@@ -3,8 +3,9 @@
 
 """Embeddings less their mean, such that all directions vary alike.
 
-Training leaves embeddings that vary in few directions, while a defect may show in one that hardly varies. Whitened, all
-count. On a surface the mean is that of each place: light that falls unevenly then makes no place abnormal.
+Training leaves embeddings that vary in few directions, while a defect may show in one that varies less. Whitened, those
+count as much; the last of them, which hold noise, can be left out. On a surface the mean is that of each place: light
+that falls unevenly then makes no place abnormal.
 """
 
 import torch
@@ -20,7 +21,7 @@ class Whitening(DynamicBufferMixin, nn.Module):
 
     Attributes:
         mean (torch.Tensor): Mean of normal embeddings, ``[Z, 1, 1]``, or of each place, ``[Z, h, w]``.
-        components (torch.Tensor): Matrix that whitens, ``[Z, Z]``; empty as long as embeddings are left as they are.
+        components (torch.Tensor): Matrix that whitens, ``[K, Z]``; empty as long as embeddings are left as they are.
     """
 
     mean: torch.Tensor
@@ -32,13 +33,17 @@ class Whitening(DynamicBufferMixin, nn.Module):
         self.register_buffer("components", torch.zeros(0, 0))
 
     @torch.no_grad()
-    def fit(self, grids: torch.Tensor, by_place: bool, chosen: torch.Tensor | None = None) -> None:
+    def fit(
+        self, grids: torch.Tensor, by_place: bool, chosen: torch.Tensor | None = None, kept: int | None = None
+    ) -> None:
         """Fit on normal patches.
 
         Args:
             grids (torch.Tensor): Embeddings ``[N, Z, h, w]`` of N normal images.
             by_place (bool): Whether each place has a mean of its own.
             chosen (torch.Tensor | None): Patches to look at, bool ``[h, w]``. Defaults to ``None``, all.
+            kept (int | None): Number K of directions to keep, those of the largest variances. Defaults to ``None``,
+                all.
         """
         grids = grids.float()  # whatever the networks computed in
         chosen = grids.new_ones(grids.shape[-2:], dtype=torch.bool) if chosen is None else chosen
@@ -49,7 +54,8 @@ class Whitening(DynamicBufferMixin, nn.Module):
         variances, directions = torch.linalg.eigh(rows @ rows.T / rows.shape[1])
         variances = variances.clamp(min=0)
         variances = variances + _SHRINKAGE * variances.mean() + torch.finfo(torch.float32).eps
-        self.mean, self.components = mean.to(self.mean), (directions * variances.rsqrt()).T.to(self.mean).contiguous()
+        whitening = (directions * variances.rsqrt()).T.flip(0)[:kept]  # the largest variance first
+        self.mean, self.components = mean.to(self.mean), whitening.to(self.mean).contiguous()
 
     def forward(self, grid: torch.Tensor) -> torch.Tensor:
         """Whiten embeddings.
@@ -59,7 +65,7 @@ class Whitening(DynamicBufferMixin, nn.Module):
                 between them are interpolated.
 
         Returns:
-            torch.Tensor: Embeddings of the same shape.
+            torch.Tensor: Embeddings ``[B, K, h, w]``.
         """
         if not len(self.components):
             return grid

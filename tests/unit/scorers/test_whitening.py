@@ -36,6 +36,8 @@ def test_all_directions_vary_alike() -> None:
     variances = torch.linalg.eigvalsh(covariance(white))
     assert variances.max() < 1.001
     assert variances.min() > 0.5
+    whitening.fit(grids(), by_place=False, kept=3)
+    torch.testing.assert_close(whitening(grids()), white[:, :3], rtol=0, atol=1e-5)
     whitening.fit(grids()[:, :1].expand(-1, 5, -1, -1), by_place=False)  # of one direction alone
     assert whitening(grids()).isfinite().all()
 
