@@ -57,19 +57,3 @@ def _embed_in_strips(
         grids = network.embed_dense(image[..., first * stride : stop, :], stride, sizes)
         strips.append({size: grid if is_last else grid[..., :rows_per_strip, :] for size, grid in grids.items()})
     return {size: torch.cat([strip[size] for strip in strips], dim=-2) for size in sizes}
-
-
-def less_image_mean(grid: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """Take each image's own mean away from its embeddings, so that what light changes everywhere alike is gone.
-
-    It is the self-reference of AnomalyHop (Zhang et al. 2021, https://arxiv.org/abs/2105.03797).
-
-    Args:
-        grid (torch.Tensor): Embeddings ``[B, Z, h, w]``.
-        shown (torch.Tensor): Patches to take the mean of, bool ``[h, w]``.
-
-    Returns:
-        torch.Tensor: Embeddings of the same shape.
-    """
-    weights = shown.to(grid)
-    return grid - (grid * weights).sum(dim=(2, 3), keepdim=True) / weights.sum()

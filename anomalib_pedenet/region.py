@@ -116,7 +116,7 @@ class RegionOfInterest(DynamicBufferMixin, nn.Module):
         near = F.max_pool2d(self.of(size), 2 * margin + 1, 1, margin)
         found = F.max_pool2d(near, patch_size, stride)[0, 0] > 0
         # Pixels beyond the last patch may be all that is visible.
-        return found if bool(found.any()) else torch.ones_like(found)
+        return found | ~found.any()
 
     def whole_patches(self, size: tuple[int, int], patch_size: int, stride: int) -> torch.Tensor:
         """Return which patches are visible all over; where none is, those of :meth:`patches`."""

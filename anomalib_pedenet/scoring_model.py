@@ -18,7 +18,7 @@ from anomalib.data.utils.tiler import Tiler
 from torch import nn
 
 from anomalib_pedenet.anomaly_map import Combination, combine_maps, measure_maps, scores_to_map, soft_maximum
-from anomalib_pedenet.dense_embedding import embed_images, less_image_mean
+from anomalib_pedenet.dense_embedding import embed_images
 from anomalib_pedenet.kinds import AUTO_SCORER, KINDS, LOOSE, Kind, kind_of_number
 from anomalib_pedenet.networks import (
     SMALL_CHANNELS,
@@ -363,23 +363,12 @@ class ScoringModel(nn.Module):
         """Project mid-level embeddings, and leave trained ones as they are."""
         return self.projections[str(size)](grid) if str(size) in self.projections else grid
 
-    def _describe(self, grid: torch.Tensor, size: int, image_size: Sequence[int], stride: int) -> torch.Tensor:
-        """Project mid-level embeddings ``[B, Z, h, w]``, and take each image's mean away from those of a surface."""
-        grid = self._project(grid, size)
-        is_relative = self.kind is not None and self.kind.is_relative
-        return less_image_mean(grid, self._shown_patches(image_size, size, stride)) if is_relative else grid
-
     def _arrange(self, grid: torch.Tensor, size: int, images: torch.Tensor, stride: int) -> torch.Tensor:
         """Arrange the embeddings ``[B, Z, h, w]`` of images as their scorer takes them, ``[B, h, w, Z or Z + 2]``."""
-        grid = self.whitenings[str(size)](self._describe(grid, size, images.shape[-2:], stride))
+        grid = self.whitenings[str(size)](self._project(grid, size))
         if self.scorers[str(size)].encodes_position:
             grid = self.position_encodings[str(size)](grid, images.shape[-2:], stride)
         return grid.permute(0, 2, 3, 1)
-
-    def _shown_patches(self, size: Sequence[int], patch_size: int, stride: int) -> torch.Tensor:
-        """Return which patches of images of some height and width have a part in visible pixels' scores, ``[h, w]``."""
-        # A pixel's score is that of its window, which reaches half a step of the map to each side.
-        return self.region.patches((size[0], size[1]), patch_size, stride, margin=self.stride // 2)
 
     def _embed(self, images: torch.Tensor, stride: int, sizes: Sequence[int] | None = None) -> dict[int, torch.Tensor]:
         """Return the embeddings ``[B, Z, h, w]`` of all patches of pre-processed images, for each size that counts."""
@@ -394,6 +383,6 @@ class ScoringModel(nn.Module):
             self.tiler,
             max(self.scale_shares),
             has_region=not self.region.is_everywhere,
-            by_place=self._goes_by_place,
+            by_place=self._goes_by_place or any(whitening.by_place for whitening in self.whitenings.values()),
             position_weight=max((float(self.position_encodings[size].weight) for size in encoded), default=0.0),
         )

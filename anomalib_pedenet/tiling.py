@@ -83,7 +83,7 @@ def check_tiler(tiler: Tiler, patch_size: int, has_region: bool, by_place: bool,
         tiler (Tiler): The tiler.
         patch_size (int): Side in pixels of the largest patches that are scored.
         has_region (bool): Whether a part of the images is left out.
-        by_place (bool): Whether patches are scored by the normal ones of the same place only.
+        by_place (bool): Whether patches are scored by what is normal at the same place only.
         position_weight (float): How much a patch's place counts in its distance to normal ones.
 
     Raises:
@@ -101,7 +101,10 @@ def check_tiler(tiler: Tiler, patch_size: int, has_region: bool, by_place: bool,
         )
         raise ValueError(msg)
     if by_place:
-        msg = "Tiles have no place in the image, by which this scorer goes: turn tiling off, or use 'exact'."
+        msg = (
+            "Tiles have no place in the image, by which the model goes: turn tiling off, or train with tiling, or with "
+            "the scorer 'exact'."
+        )
         raise ValueError(msg)
     if position_weight:
         msg = (

@@ -8,7 +8,7 @@ standardisation, calibration, scorers, limit of what is normal. A fitted model c
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 
 import torch
 from torch.nn.functional import max_pool2d
@@ -139,16 +139,21 @@ class PedenetModel(ScoringModel):
     def _calibrate_scale(self, size: int, grid: torch.Tensor, image_size: tuple[int, int], stride: int) -> None:
         """Fit a scale's projection and whitening, and choose the weight of the position, unless it is given."""
         self._fit_projection(size, grid, image_size, stride)
-        grid = self._describe(grid, size, image_size, stride)
+        grid = self._project(grid, size)
         if self.position_weight == "auto":
             weight = 0.0
             if self.kind is None and scorer_class(self.scorer_in_use).encodes_position:
                 weight = self._choose_position_weight(grid, size, image_size, stride)
             self.position_encodings[str(size)].weight.fill_(weight)
         if self.kind is not None and self.kind.is_whitened:
-            by_place = self.kind.has_means and self.tiler is None  # tiles have no place
-            shown, kept = self._shown_patches(image_size, size, stride), self.kind.scored_dimension(grid.shape[1])
-            self.whitenings[str(size)].fit(grid, by_place, shown, kept)
+            is_whole = self.tiler is None  # tiles have no place, and a defect may fill one
+            self.whitenings[str(size)].fit(
+                grid,
+                by_place=self.kind.has_means and is_whole,
+                is_relative=self.kind.is_relative and is_whole,
+                chosen=self._shown_patches(image_size, size, stride),
+                kept=self.kind.scored_dimension(grid.shape[1]),
+            )
 
     def _fit_projection(self, size: int, grid: torch.Tensor, image_size: tuple[int, int], stride: int) -> None:
         """Fit the projection of a mid-level scale; trained ones have none."""
@@ -246,3 +251,8 @@ class PedenetModel(ScoringModel):
             if len(embeddings):
                 self.scorers[str(size)].teach(embeddings)
         return {size: len(embeddings) for size, embeddings in rows.items()}
+
+    def _shown_patches(self, size: Sequence[int], patch_size: int, stride: int) -> torch.Tensor:
+        """Return which patches of images of some height and width have a part in visible pixels' scores, ``[h, w]``."""
+        # A pixel's score is that of its window, which reaches half a step of the map to each side.
+        return self.region.patches((size[0], size[1]), patch_size, stride, margin=self.stride // 2)

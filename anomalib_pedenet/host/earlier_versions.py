@@ -45,6 +45,9 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
     for size in [name.split(".")[2] for name in state if name.startswith("model.position_encodings.")]:
         state.setdefault(f"model.whitenings.{size}.mean", torch.zeros(0, 1, 1))
         state.setdefault(f"model.whitenings.{size}.components", torch.zeros(0, 0))
+        state.setdefault(f"model.whitenings.{size}.image_mean", torch.zeros(0, 1, 1))
+        state.setdefault(f"model.whitenings.{size}.image_reach", torch.zeros(0, 1, 1))
+        state.setdefault(f"model.whitenings.{size}.image_share", torch.ones(()))
     if _LIMIT in state:
         return
     state[_LIMIT] = torch.ones(())

@@ -26,6 +26,7 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_pedenet import Pedenet
 from anomalib_pedenet.host.export import OPSETS
+from anomalib_pedenet.kinds import SURFACE
 from anomalib_pedenet.networks import SMALL_CHANNELS
 
 
@@ -189,7 +190,22 @@ def left_half() -> Pedenet:
     return model
 
 
-@pytest.mark.parametrize("kind", ["tiled", "left_half"])
+@pytest.fixture
+def left_half_of_a_surface() -> Pedenet:
+    """A model that looks at the left half of images, and takes each one's own mean away."""
+    model = Pedenet(image_size=(144, 160)).eval()
+    visible = torch.zeros(144, 160, dtype=torch.bool)
+    visible[:, :80] = True
+    model.model.region.set(visible)
+    normal = torch.rand(4, 3, 144, 160)
+    model.model.fit_standardization(normal)
+    model.model.calibrate(normal)
+    model.model.fit([normal])
+    assert model.model.kind is SURFACE
+    return model
+
+
+@pytest.mark.parametrize("kind", ["tiled", "left_half", "left_half_of_a_surface"])
 def test_exports_equal_the_model(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

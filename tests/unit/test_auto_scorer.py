@@ -87,12 +87,31 @@ def test_surfaces_are_compared_with_a_mixture_after_the_means_of_image_and_place
     assert model.kind is SURFACE
     assert all(isinstance(scorer, GaussianMixtureScorer) for scorer in model.scorers.values())
     assert model.scale_shares == pytest.approx({16: 1.0, 24: 1.0, 32: 0.7, 64: 0.9})
-    for size, patches in model.patch_scores(surface()):
-        whitening = model.whitenings[str(size)]
+    for _, patches in model.patch_scores(surface()):
         of_image = patches.embeddings.mean(dim=(1, 2))
-        of_places = whitening.components @ whitening.mean.mean(dim=(1, 2))
-        assert len(of_places) == 48  # three quarters of 64 directions
-        torch.testing.assert_close(of_image, -of_places.expand_as(of_image), rtol=0, atol=1e-4)
+        assert of_image.shape == (6, 48)  # three quarters of 64 directions
+        torch.testing.assert_close(of_image, of_image[:1].expand(6, -1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("tile_size", [None, 64])
+def test_a_surface_that_is_abnormal_all_over_is_seen(tile_size: int | None) -> None:
+    torch.manual_seed(0)
+    model = PedenetModel(scorer="auto", stride=8).eval()
+    model.tiler = None if tile_size is None else Tiler(tile_size=tile_size, stride=tile_size)
+    images = torch.rand(40, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    normal, images = images[:4], images[4:]
+    model.fit_standardization(images)
+    model.calibrate(images, learned=LEARNED)
+    model.fit(images.split(1))
+    model.fit_normal_limit(images)
+    assert model.kind is SURFACE
+    limit = model(normal).pred_score.max()
+    stained = normal.clone()
+    stained[..., :64, :64] = 0  # as large as a tile
+    assert (model(stained).pred_score > limit).all()
+    if tile_size is None:
+        assert (model(normal * 0.5).pred_score > limit).all()
+        assert (model(torch.full_like(normal, 0.5)).pred_score > limit).all()
 
 
 @pytest.mark.parametrize("images", [aligned(), loose(), surface()])
@@ -110,7 +129,8 @@ def test_the_map_is_the_soft_maximum_of_the_scales_one_by_one() -> None:
         if str(size) in model.projections:
             grid = model.projections[str(size)](grid)
         whitening = model.whitenings[str(size)]
-        grid = grid - grid.mean(dim=(2, 3), keepdim=True)
+        of_image = grid.mean(dim=(2, 3), keepdim=True) - whitening.image_mean
+        grid = grid - of_image.clamp(-whitening.image_reach, whitening.image_reach)
         grid = torch.einsum("yz,bzhw->byhw", whitening.components, grid - whitening.mean)
         scorer = model.scorers[str(size)]
         scores = scorer(grid.permute(0, 2, 3, 1)) / scorer.typical_score
@@ -198,6 +218,12 @@ def test_all_kinds_that_checkpoints_may_hold_score_as_they_did(number: int) -> N
     assert loaded.kind == KINDS[number]
     torch.testing.assert_close(loaded(images).anomaly_map, model(images).anomaly_map, rtol=0, atol=0)
     dimensions = {patches.embeddings.shape[-1] for _, patches in loaded.patch_scores(images)}
+    # What earlier versions wrote: two without whitening, and three, none of which left a direction out.
+    assert [kind.scorer for kind in KINDS[:5]] == ["gaussian_mixture", "exact", "ppca", "exact", "gaussian_mixture"]
+    assert [kind.is_whitened for kind in KINDS[:5]] == [False, False, False, True, True]
+    assert [kind.has_means for kind in KINDS[:5]] == [False, False, False, False, True]
+    assert all(kind.kept == 1 and not kind.is_relative for kind in KINDS[:5])
+    assert KINDS[5:] == (LOOSE, SURFACE)
     assert dimensions == {{"ppca": 64, "exact": 66, "gaussian_mixture": 64}[KINDS[number].scorer] - 16 * (number > 4)}
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from anomalib_pedenet import dense_embedding
-from anomalib_pedenet.dense_embedding import embed_images, less_image_mean
+from anomalib_pedenet.dense_embedding import embed_images
 from anomalib_pedenet.networks import PatchEmbeddingNetwork
 
 
@@ -37,13 +37,3 @@ def test_memory_for_features_is_that_of_a_strip(monkeypatch: pytest.MonkeyPatch)
     embed_images(network, torch.rand(1, 3, 512, 96), 8, [32, 64])
     assert len(heights) == 8
     assert max(heights) <= 64 + 64
-
-
-def test_the_mean_of_what_is_shown_is_taken_away() -> None:
-    grid = torch.randn(2, 5, 4, 3, dtype=torch.float64)
-    shown = torch.ones(4, 3, dtype=torch.bool)
-    shown[0, :2] = False
-    for image, result in zip(grid, less_image_mean(grid, shown), strict=True):
-        for values, relative in zip(image, result, strict=True):
-            mean = sum(float(value) for value in values[shown]) / 10
-            torch.testing.assert_close(relative, values - mean, rtol=0, atol=1e-12)

@@ -82,6 +82,29 @@ def test_the_shrinkage_is_that_of_james_and_stein() -> None:
         )
 
 
+def test_of_an_image_s_own_mean_as_much_is_taken_away_as_patches_differ_by() -> None:
+    whitening, images = Whitening(), grids(8)
+    images = images + torch.randn(8, 5, 1, 1, generator=torch.Generator().manual_seed(1))
+    chosen = torch.ones(12, 10, dtype=torch.bool)
+    chosen[:3] = False
+    images[..., :3, :] = 2.0  # hidden
+    whitening.fit(images, by_place=False, is_relative=True, chosen=chosen)
+    shown = images[..., 3:, :].double()
+    means, reach = shown.mean(dim=(2, 3)), shown.std(dim=(0, 2, 3))
+    for shift in (0.0, 1.0, 50.0):
+        other = images.clone()
+        other[..., 3:, :] += shift
+        expected = []
+        for image in other.double():
+            away = image[:, 3:].mean(dim=(1, 2)) - means.mean(dim=0)
+            away = torch.stack([away[index].clamp(-most, most) for index, most in enumerate(reach)])
+            expected.append(whitening.components.double() @ (image - whitening.mean - away[:, None, None]).flatten(1))
+        found = whitening(other).flatten(2)
+        torch.testing.assert_close(found[..., 30:].double(), torch.stack(expected)[..., 30:], rtol=1e-3, atol=1e-3)
+    whitening.fit(images, by_place=False)
+    assert not len(whitening.image_reach)
+
+
 def test_places_between_those_that_are_known_are_interpolated() -> None:
     whitening = Whitening()
     places = torch.arange(12.0)[:, None].expand(5, 12, 10)
