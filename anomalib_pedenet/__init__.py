@@ -5,7 +5,7 @@
 
 Installing the package makes ``Pedenet`` one of anomalib's models; importing it does so too.
 
-Example:
+Examples:
     >>> from anomalib.models import get_model
     >>> get_model("pedenet").name
     'Pedenet'

@@ -51,7 +51,7 @@ def averaging_matrix(
     Raises:
         ValueError: If the image is smaller than a patch.
 
-    Example:
+    Examples:
         >>> averaging_matrix(5, patch_size=2, stride=1)
         tensor([[1.0000, 0.0000, 0.0000, 0.0000],
                 [0.5000, 0.5000, 0.0000, 0.0000],

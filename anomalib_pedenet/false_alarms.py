@@ -60,7 +60,7 @@ def choose_threshold(scores: Sequence[float], rate: float) -> FalseAlarmThreshol
         ValueError: If the rate is outside its range, a score is not finite, or there are too few images for the rate;
             the message says how many it takes.
 
-    Example:
+    Examples:
         >>> found = choose_threshold([0.1, 0.4, 0.2, 0.3], rate=0.25)
         >>> found.threshold, found.rate
         (0.4, 0.2)

@@ -3,7 +3,7 @@
 
 """PEDENet for anomalib: its arguments and their defaults, and how images are scored.
 
-Example:
+Examples:
     >>> from anomalib.data import MVTecAD
     >>> from anomalib.engine import Engine
     >>> from anomalib.models import Pedenet
@@ -145,7 +145,7 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
         ValueError: If an argument is outside its range; the message names it, the limit and the value.
         TypeError: If an argument is unknown.
 
-    Example:
+    Examples:
         >>> model = Pedenet(stride=4, max_steps=1200, recipe=Recipe(noise=0.3))
         >>> model.model.stride, model.hparams.noise
         (4, 0.3)

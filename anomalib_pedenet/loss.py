@@ -179,7 +179,7 @@ class PedenetLoss(nn.Module):
             left out; 0 leaves the term out, as in the paper.
         lambda_svdd (float): Weight of Patch-SVDD's L_SVDD', see :func:`compactness_loss`; 0 leaves the term out.
 
-    Example:
+    Examples:
         >>> loss = PedenetLoss(lambda_den=0.0, lambda_var=0.0)
         >>> embeddings, responsibilities = torch.randn(16, 64), torch.full((16, 2), 0.5)
         >>> terms = loss(embeddings, responsibilities, torch.zeros(4, 8), torch.arange(4))

@@ -81,7 +81,7 @@ class PatchEmbeddingNetwork(nn.Module):
     Raises:
         ValueError: If ``small_channels`` does not have eight entries; only eight convolutions take 32 px to 1x1.
 
-    Example:
+    Examples:
         >>> network = PatchEmbeddingNetwork()
         >>> network(torch.zeros(5, 3, 64, 64)).shape, network(torch.zeros(5, 3, 20, 20)).shape
         (torch.Size([5, 64]), torch.Size([5, 128]))
@@ -290,7 +290,7 @@ class DensityEstimationNetwork(nn.Sequential):
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         hidden_dims (Sequence[int]): Widths of the hidden layers.
 
-    Example:
+    Examples:
         >>> responsibilities = DensityEstimationNetwork(num_components=4)(torch.randn(7, 64))
         >>> responsibilities.shape, bool(torch.allclose(responsibilities.sum(-1), torch.ones(7)))
         (torch.Size([7, 4]), True)
@@ -315,7 +315,7 @@ class LocationPredictionNetwork(nn.Module):
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         hidden_dims (Sequence[int]): Widths of the hidden layers.
 
-    Example:
+    Examples:
         >>> LocationPredictionNetwork()(torch.randn(36, 64), torch.randn(36, 64)).shape
         torch.Size([36, 8])
     """
@@ -347,7 +347,7 @@ class DefectPredictionNetwork(nn.Sequential):
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         hidden_dims (Sequence[int]): Widths of the hidden layers.
 
-    Example:
+    Examples:
         >>> DefectPredictionNetwork()(torch.randn(7, 64)).shape
         torch.Size([7, 1])
     """

@@ -44,7 +44,7 @@ def grid_size(image_size: tuple[int, int], patch_size: int, stride: int) -> tupl
     Raises:
         ValueError: If the image is smaller than a patch.
 
-    Example:
+    Examples:
         >>> grid_size((256, 256), patch_size=64, stride=2)
         (97, 97)
     """

@@ -74,7 +74,7 @@ class Recipe:
             time. Several processes, Eq. 9's full covariances and patch-by-patch training do without. Defaults to
             ``True``.
 
-    Example:
+    Examples:
         >>> from anomalib_pedenet import Pedenet
         >>> model = Pedenet(recipe=Recipe(lambda_den=0.0))
     """

@@ -29,7 +29,7 @@ class PedenetModel(ScoringModel):
 
     How images are scored, and the arguments, are those of :class:`anomalib_pedenet.scoring_model.ScoringModel`.
 
-    Example:
+    Examples:
         >>> model = PedenetModel(patch_sizes=(64,)).eval()
         >>> model.fit([torch.rand(4, 3, 128, 128)])
         >>> predictions = model(torch.rand(2, 3, 128, 160))

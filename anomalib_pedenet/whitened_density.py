@@ -49,7 +49,7 @@ class WhitenedDensityEstimationNetwork(nn.Module):
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
         projected_dim (int): Number P of directions, at most Z of them. Defaults to ``8``.
 
-    Example:
+    Examples:
         >>> network = WhitenedDensityEstimationNetwork(num_components=4)
         >>> whitened, responsibilities, mixture = network.estimate(0.1 * torch.randn(500, 64))
         >>> bool(torch.allclose(torch.cov(whitened.T, correction=0), torch.eye(8), atol=0.01))

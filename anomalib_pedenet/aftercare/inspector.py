@@ -31,7 +31,7 @@ class Inspector:
         ValueError: If the file is not a whole checkpoint of this model.
         RuntimeError: If it has nothing to score with yet.
 
-    Example:
+    Examples:
         >>> inspector = Inspector("model.ckpt")  # doctest: +SKIP
         >>> [found.path.name for found in inspector.inspect("images") if found.is_flagged]  # doctest: +SKIP
     """

@@ -42,7 +42,7 @@ def write_report(inspections: Iterable[Inspection], output: Path, title: str = "
         ValueError: If there is no image, ``output`` is a folder, or a score, map or distance is not finite; the message
             names the image.
 
-    Example:
+    Examples:
         >>> inspector = Inspector("model.ckpt")  # doctest: +SKIP
         >>> write_report(inspector.inspect("images"), Path("report.html"))  # doctest: +SKIP
         PosixPath('report.html')

@@ -19,7 +19,7 @@ class ImagePool:
         max_images (int): Largest number of images, usually that of the training set.
         max_bytes (int): Largest memory of the images. A single batch always has place.
 
-    Example:
+    Examples:
         >>> pool = ImagePool(max_images=3, max_bytes=2**20)
         >>> pool.add(torch.zeros(2, 3, 64, 64))
         >>> pool.add(torch.ones(2, 3, 64, 64))  # the oldest makes room

@@ -33,7 +33,7 @@ def register() -> None:
         RuntimeWarning: If anomalib lacks what the registration relies on, or has another model of that name. Nothing
             of the host is overwritten, and ``from anomalib_pedenet import Pedenet`` still works.
 
-    Example:
+    Examples:
         >>> from anomalib_pedenet.host.registration import register
         >>> register()
         >>> from anomalib.models import list_models

@@ -112,7 +112,7 @@ def make_scorer(scorer: str | Mapping[str, Any], **options: Any) -> Scorer:  # n
         ValueError: If the scorer is unknown, or ``init_args`` has an argument that it does not have.
         ImportError: If it needs a library that is not installed.
 
-    Example:
+    Examples:
         >>> make_scorer({"class_path": "exact", "init_args": {"num_neighbors": 3}}, bank_size=100).bank_size
         100
     """

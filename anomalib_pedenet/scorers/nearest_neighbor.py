@@ -226,7 +226,7 @@ class NearestNeighborScorer(MemoryBankScorer):
     Raises:
         ValueError: If an argument is outside its range.
 
-    Example:
+    Examples:
         >>> scorer = NearestNeighborScorer(embedding_dim=2)
         >>> scorer.fit([torch.tensor([[0.0, 0.0], [4.0, 0.0]])])
         >>> scorer(torch.tensor([[0.0, 3.0], [4.0, 0.0]]))

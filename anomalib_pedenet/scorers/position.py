@@ -31,7 +31,7 @@ class PositionEncoding(nn.Module):
     Attributes:
         weight (torch.Tensor): Weight of the position, scalar; a buffer, so that it is saved and exported.
 
-    Example:
+    Examples:
         >>> encoding = PositionEncoding(weight=8.0)
         >>> encoded = encoding(torch.zeros(1, 64, 2, 3), (64, 96), stride=16)
         >>> encoded[0, 64:, 1, 2].tolist()  # 16 and 32 of 96 px, times 8

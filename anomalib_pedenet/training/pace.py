@@ -65,7 +65,7 @@ class Pace:
     Attributes:
         chosen (Way | None): The fastest way; ``None`` while ways are tried.
 
-    Example:
+    Examples:
         >>> import time
         >>> pace = Pace([Way("float32", 2), Way("float32", 1)])
         >>> for step in range(8):

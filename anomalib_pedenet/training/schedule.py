@@ -42,7 +42,7 @@ class Schedule:
         steps_per_image (int): Steps made for each image of a batch.
         shortened_to (int | None): Steps to which the training was shortened, if it was.
 
-    Example:
+    Examples:
         >>> from anomalib_pedenet import Pedenet
         >>> schedule = Schedule(Pedenet(max_steps=900).hparams, num_images=100)
         >>> schedule.total_steps, schedule.steps_per_image

@@ -37,7 +37,7 @@ class TrainingStep:
         hparams (Mapping[str, Any]): Hyper-parameters of :class:`anomalib_pedenet.Pedenet`.
         records (bool): Whether to record a CUDA graph in the first step, where the device and the loss allow it.
 
-    Example:
+    Examples:
         >>> from anomalib_pedenet import Pedenet
         >>> pedenet = Pedenet(lambda_syn=0.0)
         >>> step = TrainingStep(pedenet.model, pedenet.loss, pedenet.hparams, records=False)

@@ -22,7 +22,7 @@ class StepGuard:
         optimizer (torch.optim.Optimizer): Fused optimizer (``found_inf`` is an attribute of those).
         module (nn.Module): Module whose running averages are looked after.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 1)
         >>> optimizer = torch.optim.Adam(layer.parameters(), fused=True)
         >>> guard, before = StepGuard(optimizer, layer), layer.weight.clone()

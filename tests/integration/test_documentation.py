@@ -86,3 +86,9 @@ def test_code_runs(page: str, workplace: Path, trained: Path) -> None:
     for block in blocks(page, "python"):
         # Only the length of a training is another.
         exec(block.replace("Pedenet()", "Pedenet(max_steps=4, bank_size=500)"), {})
+
+
+def test_examples_of_docstrings_become_code_on_the_site() -> None:
+    """Under "Example:" the site takes ``>>>`` for quotations in quotations; under "Examples:" for Python."""
+    for path in (ROOT / "anomalib_pedenet").glob("**/*.py"):
+        assert not re.search(r"^ *Example:\n *>>>", path.read_text(encoding="utf-8"), re.M), path
