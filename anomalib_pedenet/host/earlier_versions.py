@@ -10,6 +10,7 @@ import torch
 
 from anomalib_pedenet.networks import SMALL_CHANNELS
 from anomalib_pedenet.post_processor import THRESHOLDS
+from anomalib_pedenet.scorers.whitening import Whitening
 
 # Names in a checkpoint's state: the highest score of normal images, what each trained scale has learned, what was
 # chosen from normal images, and the weights of the first convolution.
@@ -43,11 +44,8 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
     if _CHOSEN in state:
         state.setdefault("model.region.visible", torch.ones(1, 1, 1, 1))
     for size in [name.split(".")[2] for name in state if name.startswith("model.position_encodings.")]:
-        state.setdefault(f"model.whitenings.{size}.mean", torch.zeros(0, 1, 1))
-        state.setdefault(f"model.whitenings.{size}.components", torch.zeros(0, 0))
-        state.setdefault(f"model.whitenings.{size}.image_mean", torch.zeros(0, 1, 1))
-        state.setdefault(f"model.whitenings.{size}.image_reach", torch.zeros(0, 1, 1))
-        state.setdefault(f"model.whitenings.{size}.image_share", torch.ones(()))
+        for name, value in Whitening().state_dict().items():
+            state.setdefault(f"model.whitenings.{size}.{name}", value)
     if _LIMIT in state:
         return
     state[_LIMIT] = torch.ones(())

@@ -209,14 +209,54 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
             raise ValueError(msg)
         self._grid = grid
 
-    def _check_places(self, embeddings: torch.Tensor, fitted: torch.Tensor) -> None:
-        """Check that a grid of embeddings has the places that were fitted, the first two dimensions of ``fitted``.
+
+class PlaceScorer(Scorer):
+    """A scorer that learns each place of the image by itself.
+
+    A subclass defines ``_reset``, ``_update``, ``_finalize``, ``_fitted`` and ``_distances``.
+    """
+
+    by_place: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def _fitted(self) -> torch.Tensor:
+        """What is known of each place, ``[h, w, ...]``; empty before a fit."""
+
+    @abstractmethod
+    def _distances(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return distances ``[B, h, w]`` of checked grids ``[B, h, w, Z]`` of the type of what was fitted."""
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether something is known of the places."""
+        return len(self._fitted) > 0
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return each embedding's distance to what is normal at its place.
+
+        Args:
+            embeddings (torch.Tensor): Grids ``[B, h, w, Z]``, of the size of those fitted.
+
+        Returns:
+            torch.Tensor: Distances ``[B, h, w]``, float32; Mahalanobis distances in standard deviations, others in
+                embedding units.
+
+        Raises:
+            ValueError: If the grid has another size.
+        """
+        self._check_places(embeddings)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return self._distances(embeddings.to(self._fitted.dtype))
+
+    def _check_places(self, embeddings: torch.Tensor) -> None:
+        """Check that a grid of embeddings has the places that were fitted.
 
         Raises:
             ValueError: If it has not.
         """
         self._check_shape(embeddings)
-        (height, width), (rows, columns) = embeddings.shape[1:3], fitted.shape[:2]
+        (height, width), (rows, columns) = embeddings.shape[1:3], self._fitted.shape[:2]
         if torch.jit.is_tracing() or torch.compiler.is_compiling() or (height, width) == (rows, columns):
             return
         msg = (

@@ -5,12 +5,11 @@
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 
 from anomalib_pedenet.mixture import CovarianceType
-from anomalib_pedenet.scorers.base import Scorer
+from anomalib_pedenet.scorers.base import PlaceScorer, Scorer
 from anomalib_pedenet.scorers.coreset import UniformSubset
 
 # The typical score is estimated on at most this many normal embeddings.
@@ -134,7 +133,7 @@ class MixtureDensityScorer(GaussiansScorer):
         return self(sample).mean()
 
 
-class MahalanobisScorer(Scorer):
+class MahalanobisScorer(PlaceScorer):
     """Mahalanobis distance to the normal embeddings of the same place: one Gaussian for each, as PaDiM has.
 
     Means and covariances are gathered as sums, in float64, so that memory does not grow with the number of images.
@@ -151,7 +150,6 @@ class MahalanobisScorer(Scorer):
         PaDiM (Defard et al., ICPR 2021), Eqs. 1 and 2.
     """
 
-    by_place: ClassVar[bool] = True
     means: torch.Tensor
     whitening: torch.Tensor
 
@@ -166,9 +164,8 @@ class MahalanobisScorer(Scorer):
         self._moments = _Moments()  # of the fit under way
 
     @property
-    def is_fitted(self) -> bool:
-        """Whether there are Gaussians."""
-        return self.means.shape[0] > 0
+    def _fitted(self) -> torch.Tensor:
+        return self.means
 
     def _reset(self) -> None:
         self._moments = _Moments()
@@ -189,23 +186,10 @@ class MahalanobisScorer(Scorer):
         self._reset()
         return mean_square.clamp(min=0).sqrt()
 
-    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return each embedding's Mahalanobis distance to the Gaussian of its place.
-
-        Args:
-            embeddings (torch.Tensor): Grids ``[B, h, w, Z]``, of the size of those fitted.
-
-        Returns:
-            torch.Tensor: Distances ``[B, h, w]`` in standard deviations, float32.
-
-        Raises:
-            ValueError: If the grid has another size.
-        """
-        self._check_places(embeddings, self.means)
-        with torch.autocast(embeddings.device.type, enabled=False):
-            centered = (embeddings.to(self.means.dtype) - self.means).permute(1, 2, 3, 0)  # [h, w, Z, B]
-            squared = torch.matmul(self.whitening, centered).square().sum(dim=2)  # [h, w, B]
-            return squared.sqrt().permute(2, 0, 1)
+    def _distances(self, embeddings: torch.Tensor) -> torch.Tensor:
+        centered = (embeddings - self.means).permute(1, 2, 3, 0)  # [h, w, Z, B]
+        squared = torch.matmul(self.whitening, centered).square().sum(dim=2)  # [h, w, B]
+        return squared.sqrt().permute(2, 0, 1)
 
 
 class _Moments:

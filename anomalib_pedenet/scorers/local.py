@@ -5,17 +5,16 @@
 
 from functools import reduce
 from itertools import product
-from typing import ClassVar
 
 import torch
 from torch.nn.functional import pad
 
-from anomalib_pedenet.scorers.base import Scorer
+from anomalib_pedenet.scorers.base import PlaceScorer
 from anomalib_pedenet.scorers.coreset import UniformSubset
 from anomalib_pedenet.scorers.nearest_neighbor import append_norms, append_ones, round_bank, to_distances
 
 
-class LocalNearestNeighborScorer(Scorer):
+class LocalNearestNeighborScorer(PlaceScorer):
     """Distance to the nearest normal embedding from the same place of the image or within a radius of it.
 
     For aligned parts, whose patches have only the few rivals of their own place: the search is one small product for
@@ -33,7 +32,6 @@ class LocalNearestNeighborScorer(Scorer):
         ValueError: If an argument is outside its range.
     """
 
-    by_place: ClassVar[bool] = True
     rows: torch.Tensor
     mean: torch.Tensor
 
@@ -52,9 +50,8 @@ class LocalNearestNeighborScorer(Scorer):
         self._images = UniformSubset(max_images, seed)  # of the fit under way
 
     @property
-    def is_fitted(self) -> bool:
-        """Whether there are normal images to compare with."""
-        return len(self.rows) > 0
+    def _fitted(self) -> torch.Tensor:
+        return self.rows
 
     @property
     def bank(self) -> torch.Tensor:
@@ -78,22 +75,9 @@ class LocalNearestNeighborScorer(Scorer):
         """Round the embeddings to half precision, so that float16 keeps them, and their distances, as they are."""
         self.mean, self.rows = round_bank(self.bank, self.mean)
 
-    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return each embedding's distance to the nearest normal one of its place.
-
-        Args:
-            embeddings (torch.Tensor): Grids ``[B, h, w, Z]``, of the size of those fitted.
-
-        Returns:
-            torch.Tensor: Distances ``[B, h, w]`` in embedding units, float32.
-
-        Raises:
-            ValueError: If the grid has another size.
-        """
-        self._check_places(embeddings, self.rows)
-        with torch.autocast(embeddings.device.type, enabled=False):
-            queries = (embeddings.to(self.rows.dtype) - self.mean).permute(1, 2, 0, 3)  # [h, w, B, Z]
-            return to_distances(queries, self._nearest(queries, self.rows)).permute(2, 0, 1)
+    def _distances(self, embeddings: torch.Tensor) -> torch.Tensor:
+        queries = (embeddings - self.mean).permute(1, 2, 0, 3)  # [h, w, B, Z]
+        return to_distances(queries, self._nearest(queries, self.rows)).permute(2, 0, 1)
 
     def _nearest(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Return ``max_b (q.b - |b|^2 / 2)``, ``[h, w, B]``, over the normal patches near each place.

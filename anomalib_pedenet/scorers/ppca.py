@@ -14,12 +14,11 @@ Reference:
 """
 
 import math
-from typing import ClassVar
 
 import torch
 from torch.nn.functional import pad
 
-from anomalib_pedenet.scorers.base import Scorer
+from anomalib_pedenet.scorers.base import PlaceScorer
 from anomalib_pedenet.scorers.density import whiten
 from anomalib_pedenet.scorers.gaussian_mixture import neighbor_groups
 from anomalib_pedenet.scorers.nearest_neighbor import append_norms, append_ones, to_distances
@@ -39,7 +38,7 @@ _LEAST_VARIANCE, _TINY_VARIANCE = 1e-3, 1e-6
 _TAUGHT = 128  # rows that a teaching adds at most
 
 
-class ProbabilisticPcaScorer(Scorer):
+class ProbabilisticPcaScorer(PlaceScorer):
     """Mahalanobis distance to the normal embeddings of the same place, whose covariance has few directions.
 
     In units of the mean covariance of all places, that of a place is ``V diag(lambda) V^T + noise (1 - V V^T)``. Means
@@ -51,7 +50,6 @@ class ProbabilisticPcaScorer(Scorer):
         seed (int): Unused by the fit, where nothing is random; of the groups that a teaching makes. Defaults to ``0``.
     """
 
-    by_place: ClassVar[bool] = True
     unit: torch.Tensor
     means: torch.Tensor
     directions: torch.Tensor
@@ -74,9 +72,8 @@ class ProbabilisticPcaScorer(Scorer):
         self._moments: _BlockMoments | None = None  # of the fit under way
 
     @property
-    def is_fitted(self) -> bool:
-        """Whether there are Gaussians."""
-        return self.means.shape[0] > 0
+    def _fitted(self) -> torch.Tensor:
+        return self.means
 
     def _reset(self) -> None:
         self._moments = None
@@ -111,33 +108,19 @@ class ProbabilisticPcaScorer(Scorer):
         squared = (found[:, -kept:] / variances[:, -kept:]).sum(dim=1) + found[:, :-kept].sum(dim=1) / noise
         return (shares * squared).sum().clamp(min=0).sqrt()
 
-    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return each embedding's Mahalanobis distance to the Gaussian of its place.
-
-        Args:
-            embeddings (torch.Tensor): Grids ``[B, h, w, Z]``, of the size of those fitted.
-
-        Returns:
-            torch.Tensor: Distances ``[B, h, w]`` in standard deviations, float32.
-
-        Raises:
-            ValueError: If the grid has another size.
-        """
-        self._check_places(embeddings, self.means)
-        with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings = embeddings.to(self.unit.dtype)
-            centered = (embeddings - self.means) @ self.unit.T
-            rest, parts = centered, []
-            for direction, scale in zip(self.directions.unbind(dim=1), self.scales.unbind(dim=1), strict=True):
-                direction_here = _of_places(direction, self.blocks)  # [h, w, Z]
-                along = (centered * direction_here).sum(dim=-1)  # [B, h, w]
-                rest = rest - along[..., None] * direction_here
-                parts.append(along * _of_places(scale, self.blocks))
-            rest = rest * _of_places(self.noise_scales, self.blocks)[..., None]
-            squared = torch.stack(parts).square().sum(dim=0) + rest.square().sum(dim=-1)
-            if len(self.taught):
-                squared = torch.minimum(squared, self._from_taught(embeddings @ self.unit.T))
-            return squared.sqrt()
+    def _distances(self, embeddings: torch.Tensor) -> torch.Tensor:
+        centered = (embeddings - self.means) @ self.unit.T
+        rest, parts = centered, []
+        for direction, scale in zip(self.directions.unbind(dim=1), self.scales.unbind(dim=1), strict=True):
+            direction_here = _of_places(direction, self.blocks)  # [h, w, Z]
+            along = (centered * direction_here).sum(dim=-1)  # [B, h, w]
+            rest = rest - along[..., None] * direction_here
+            parts.append(along * _of_places(scale, self.blocks))
+        rest = rest * _of_places(self.noise_scales, self.blocks)[..., None]
+        squared = torch.stack(parts).square().sum(dim=0) + rest.square().sum(dim=-1)
+        if len(self.taught):
+            squared = torch.minimum(squared, self._from_taught(embeddings @ self.unit.T))
+        return squared.sqrt()
 
     def _from_taught(self, units: torch.Tensor) -> torch.Tensor:
         """Return squared distances ``[B, h, w]`` of embeddings, in units, to what was taught, none below typical."""
