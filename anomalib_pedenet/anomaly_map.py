@@ -150,6 +150,24 @@ def soft_maximum(
     return joined + (offsets / units).max()
 
 
+def image_scores(anomaly_map: torch.Tensor, has_extent: bool, visible: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Score images by their maps.
+
+    The highest score alone (section 3.4 of the paper) knows a defect by its worst pixel, and on a good image it is
+    mere chance. Together with the mean, large defects that are nowhere extreme stand out, too.
+
+    Args:
+        anomaly_map (torch.Tensor): Maps ``[B, 1, H, W]``, at least 0, and 0 where hidden.
+        has_extent (bool): Whether to return the geometric mean of a map's maximum and its mean, else the maximum.
+        visible (torch.Tensor | float): Share of the pixels that are not hidden. Defaults to ``1.0``.
+
+    Returns:
+        torch.Tensor: Scores ``[B]`` in the unit of the maps.
+    """
+    highest = anomaly_map.amax(dim=(1, 2, 3))
+    return (highest * anomaly_map.mean(dim=(1, 2, 3)) / visible).sqrt() if has_extent else highest
+
+
 def measure_maps(
     maps: Sequence[torch.Tensor], offsets: torch.Tensor, spreads: torch.Tensor, weights: Sequence[float]
 ) -> list[torch.Tensor]:

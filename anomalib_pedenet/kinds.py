@@ -26,6 +26,7 @@ class Kind:
         has_means (bool): Whether each place's mean is taken away before.
         is_relative (bool): Whether each image's own mean is taken away before that.
         kept (float): Part of the whitened directions that is scored, those in which normal embeddings vary most.
+        has_extent (bool): Whether images are scored by how much of them is abnormal, too, or by the worst pixel alone.
     """
 
     name: str
@@ -35,24 +36,36 @@ class Kind:
     has_means: bool = False
     is_relative: bool = False
     kept: float = 1.0
+    has_extent: bool = False
 
     def scored_dimension(self, dimension: int) -> int:
         """Return how many directions of embeddings of a dimension are scored."""
         return math.ceil(self.kept * dimension)
 
 
-ALIGNED = Kind("aligned parts", "ppca", is_soft_maximum=False)
-LOOSE = Kind("loose parts", "exact", is_soft_maximum=True, is_whitened=True, kept=0.75)
+ALIGNED = Kind("aligned parts", "ppca", is_soft_maximum=False, has_extent=True)
+LOOSE = Kind("loose parts", "exact", is_soft_maximum=True, is_whitened=True, kept=0.75, has_extent=True)
 SURFACE = Kind(
-    "a surface", "gaussian_mixture", is_soft_maximum=True, is_whitened=True, has_means=True, is_relative=True, kept=0.75
+    "a surface",
+    "gaussian_mixture",
+    is_soft_maximum=True,
+    is_whitened=True,
+    has_means=True,
+    is_relative=True,
+    kept=0.75,
+    has_extent=True,
 )
+
+_BY_WORST_PIXEL = tuple(replace(kind, has_extent=False) for kind in (ALIGNED, LOOSE, SURFACE))
 
 KINDS = (
     Kind("no aligned parts", "gaussian_mixture", is_soft_maximum=True),
     Kind("aligned parts", "exact", is_soft_maximum=False),
+    _BY_WORST_PIXEL[0],
+    replace(_BY_WORST_PIXEL[1], kept=1.0),
+    replace(_BY_WORST_PIXEL[2], is_relative=False, kept=1.0),
+    *_BY_WORST_PIXEL[1:],
     ALIGNED,
-    replace(LOOSE, kept=1.0),
-    replace(SURFACE, is_relative=False, kept=1.0),
     LOOSE,
     SURFACE,
 )

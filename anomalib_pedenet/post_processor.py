@@ -9,9 +9,11 @@ only, nearly all defects become 1.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from anomalib.data import InferenceBatch
 from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from torch import nn
@@ -129,23 +131,49 @@ def lacks_thresholds(processor: nn.Module | None) -> bool:
     return bool(torch.isnan(processor.image_threshold))
 
 
-def raw_image_threshold(processor: nn.Module | None) -> float:
-    """Return the score above which an image is defective, as the model gives it: 0.5 where no threshold was set."""
+class Thresholds(NamedTuple):
+    """Scores above which images and pixels are defective, as the model gives them, before normalisation.
+
+    Attributes:
+        image (float): Of images.
+        pixel (float): Of pixels.
+    """
+
+    image: float
+    pixel: float
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the buffers of a post-processor that has these thresholds, by name."""
+        return {name: torch.tensor(value) for name, value in zip(LIMITS, self, strict=True)}
+
+
+def highest_scores(predictions: InferenceBatch) -> Thresholds:
+    """Return the lowest thresholds by which an image is not flagged, nor any of its pixels: its score, and theirs."""
+    return Thresholds(float(predictions.pred_score), float(predictions.anomaly_map.max()))
+
+
+def just_below(score: float) -> float:
+    """Return the highest threshold by which a score is flagged: what is above it is, not what is at it."""
+    return float(np.nextafter(np.float32(score), np.float32(0)))
+
+
+def raw_thresholds(processor: nn.Module | None) -> Thresholds:
+    """Return the thresholds of a post-processor: 0.5 where none was set."""
     if not isinstance(processor, PostProcessor):
-        return 0.5
-    return float(torch.nan_to_num(processor.image_threshold, nan=0.5))
+        return Thresholds(0.5, 0.5)
+    return Thresholds(*(float(torch.nan_to_num(getattr(processor, name), nan=0.5)) for name in LIMITS))
 
 
-def set_thresholds(processor: nn.Module | None, threshold: float) -> None:
+def set_thresholds(processor: nn.Module | None, thresholds: Thresholds) -> None:
     """Set the thresholds of images and pixels.
 
     Args:
         processor (nn.Module | None): Post-processor; others than anomalib's are left alone.
-        threshold (float): Score above which an image and a pixel are defective, as the model gives it.
+        thresholds (Thresholds): The thresholds.
     """
     if isinstance(processor, PostProcessor):
-        for name in LIMITS:
-            getattr(processor, name).fill_(threshold)
+        for name, value in thresholds.state().items():
+            getattr(processor, name).fill_(value)
 
 
 def forget_scores(processor: nn.Module | None) -> None:

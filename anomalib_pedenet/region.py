@@ -95,6 +95,10 @@ class RegionOfInterest(DynamicBufferMixin, nn.Module):
         """Return maps ``[B, 1, H, W]`` with a score of 0 at hidden pixels."""
         return maps if self.is_everywhere else maps * self.of((maps.shape[-2], maps.shape[-1]))
 
+    def share(self, size: tuple[int, int]) -> torch.Tensor | float:
+        """Return which share of images of some height and width is visible, above 0 and up to 1."""
+        return 1.0 if self.is_everywhere else self.of(size).mean()
+
     def pixels(self, size: tuple[int, int]) -> torch.Tensor:
         """Return which pixels of images of some height and width are visible, bool ``[H, W]``."""
         return self.of(size)[0, 0] > 0

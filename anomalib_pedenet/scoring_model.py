@@ -17,7 +17,14 @@ from anomalib.data import InferenceBatch
 from anomalib.data.utils.tiler import Tiler
 from torch import nn
 
-from anomalib_pedenet.anomaly_map import Combination, combine_maps, measure_maps, scores_to_map, soft_maximum
+from anomalib_pedenet.anomaly_map import (
+    Combination,
+    combine_maps,
+    image_scores,
+    measure_maps,
+    scores_to_map,
+    soft_maximum,
+)
 from anomalib_pedenet.dense_embedding import embed_images
 from anomalib_pedenet.kinds import AUTO_SCORER, KINDS, LOOSE, Kind, kind_of_number
 from anomalib_pedenet.networks import (
@@ -60,8 +67,9 @@ class ScoringModel(nn.Module):
     paper's, ``"exact"``.
 
     Attributes:
-        normal_limit (torch.Tensor): Highest score of normal images, in units of a normal patch's typical score, scalar;
-            at least 1, and 1 before :meth:`fit_normal_limit`.
+        normal_limit (torch.Tensor): Highest score of normal images' pixels, in units of a normal patch's typical score,
+            scalar; at least 1, and 1 before :meth:`fit_normal_limit`.
+        image_limit (torch.Tensor): Highest score of normal images, likewise.
         region (RegionOfInterest): What of the images is looked at. What it hides is hidden from all that follows.
         tiler (Tiler | None): Set by anomalib's ``TilerConfigurationCallback`` to score large images tile by tile.
     """
@@ -69,6 +77,7 @@ class ScoringModel(nn.Module):
     input_mean: torch.Tensor
     input_std: torch.Tensor
     normal_limit: torch.Tensor
+    image_limit: torch.Tensor
     learned: torch.Tensor
     map_offsets: torch.Tensor
     map_spreads: torch.Tensor
@@ -128,6 +137,7 @@ class ScoringModel(nn.Module):
         self.register_buffer("input_mean", torch.zeros(3, 1, 1))
         self.register_buffer("input_std", torch.ones(()))
         self.register_buffer("normal_limit", torch.ones(()))
+        self.register_buffer("image_limit", torch.ones(()))
         # What normal images score at each scale, and together.
         self.register_buffer("map_offsets", torch.zeros(len(self.scored_sizes)))
         self.register_buffer("map_spreads", torch.ones(len(self.scored_sizes)))
@@ -254,8 +264,9 @@ class ScoringModel(nn.Module):
 
         Returns:
             InferenceBatch: ``anomaly_map [B, 1, H, W]``, the mean score of the patches covering each pixel, and
-                ``pred_score [B]``, its maximum (times a weight, if the scorer has one for images). Both are
-                ``s / (s + normal_limit)``, so from 0 to below 1, and 0.5 for the highest score of normal images.
+                ``pred_score [B]``, that of :func:`anomalib_pedenet.anomaly_map.image_scores` (times a weight, if the
+                scorer has one for images). Both are ``s / (s + limit)`` for the limit of pixels and of images, so
+                from 0 to below 1, and 0.5 for the highest score of normal ones.
 
         Raises:
             RuntimeError: If the memory bank is empty.
@@ -268,7 +279,7 @@ class ScoringModel(nn.Module):
             anomaly_map, pred_score = self._score(images)
             # Within 0..1 in every batch: metrics of torchmetrics take a batch with a score outside for logits.
             return InferenceBatch(
-                pred_score=pred_score / (pred_score + self.normal_limit),
+                pred_score=pred_score / (pred_score + self.image_limit),
                 anomaly_map=anomaly_map / (anomaly_map + self.normal_limit),
             )
 
@@ -319,7 +330,8 @@ class ScoringModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the maps and scores of images of some height and width from what their tiles have at each scale."""
         anomaly_map = from_tiles(self.combine(maps), size, self.tiler)
-        pred_score = anomaly_map.amax(dim=(1, 2, 3))
+        has_extent = self.kind is not None and self.kind.has_extent
+        pred_score = image_scores(anomaly_map, has_extent, self.region.share((size[0], size[1])))
         given = [weight for weight in weights if weight is not None]
         if given:
             pred_score = pred_score * torch.stack(given).mean(dim=0)

@@ -188,9 +188,9 @@ class PedenetModel(ScoringModel):
 
     @torch.no_grad()
     def fit_normal_limit(self, images: torch.Tensor) -> None:
-        """Take what normal images score: at each scale, for the soft maximum, and the highest, for the limit.
+        """Take what normal images score: at each scale, for the soft maximum, and the highest, for the limits.
 
-        Scores are to be 0.5 at the limit of what is normal. Call it after :meth:`fit`.
+        Scores are to be 0.5 at the limits of what is normal. Call it after :meth:`fit`.
 
         Args:
             images (torch.Tensor): Pre-processed normal images ``[B, 3, H, W]``.
@@ -198,9 +198,10 @@ class PedenetModel(ScoringModel):
         scored = [self._score_scales(to_tiles(image, self.tiler)) for image in images.split(1)]
         if self._is_soft_maximum:
             self._fit_soft_maximum([maps for maps, _ in scored])
-        limit = torch.cat([self._join(maps, weights, images.shape[-2:])[1] for maps, weights in scored]).max()
+        joined = (self._join(*scales, images.shape[-2:]) for scales in scored)
+        highest = torch.stack([torch.stack([pixels.max(), score.max()]) for pixels, score in joined]).amax(dim=0)
         # All patches of few images are in the bank, at a distance of 0 that says nothing of other images.
-        self.normal_limit = limit.clamp(min=1)
+        self.normal_limit, self.image_limit = highest.clamp(min=1)
 
     def _fit_soft_maximum(self, maps: list[list[torch.Tensor]]) -> None:
         """Take what normal images score at each scale, and together, from each one's maps of the scales that count."""

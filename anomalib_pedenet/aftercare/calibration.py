@@ -6,16 +6,15 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from anomalib.post_processing import PostProcessor
 from tqdm import tqdm
 
-from anomalib_pedenet.aftercare.edits import both_thresholds, edit_checkpoint
+from anomalib_pedenet.aftercare.edits import edit_checkpoint, thresholds_state
 from anomalib_pedenet.aftercare.images import ImageSource
 from anomalib_pedenet.aftercare.inspector import Inspector
 from anomalib_pedenet.false_alarms import FalseAlarmThreshold, choose_threshold
-from anomalib_pedenet.post_processor import raw_image_threshold
+from anomalib_pedenet.post_processor import Thresholds, highest_scores, just_below, raw_thresholds
 from anomalib_pedenet.training.out_of_fold import score_out_of_fold
 
 
@@ -23,15 +22,15 @@ class Calibration(NamedTuple):
     """What a calibration came to.
 
     Attributes:
-        chosen (FalseAlarmThreshold): The threshold for the rate, and what may be expected of it.
-        threshold (float): The threshold that was set: that one, or a lower one by which all known defects are flagged.
+        chosen (FalseAlarmThreshold): The threshold of images for the rate, and what may be expected of it.
+        thresholds (Thresholds): Those that were set: for the rate, or lower ones that flag all known defects.
         flagged_before (int): How many of the good images the earlier threshold flagged.
         flagged_now (int): How many the new one flags.
         ckpt_path (Path): The checkpoint that was written.
     """
 
     chosen: FalseAlarmThreshold
-    threshold: float
+    thresholds: Thresholds
     flagged_before: int
     flagged_now: int
     ckpt_path: Path
@@ -49,7 +48,7 @@ def calibrate_checkpoint(
 ) -> Calibration:
     """Set a checkpoint's thresholds such that at most a given fraction of good images is flagged.
 
-    Pixels have the images' threshold, so that no good image has a defective pixel that is not itself flagged.
+    At most as large a fraction has a pixel that is flagged, by a threshold of the pixels' own.
 
     Args:
         ckpt_path (str | Path): Checkpoint.
@@ -57,8 +56,8 @@ def calibrate_checkpoint(
         training_images (ImageSource): Images that the model was trained on, or folders of them: each is scored
             by what is fitted on the others.
         good_images (ImageSource): Other good images, or folders of them.
-        known_defects (ImageSource): Defective images, or folders of them, that must be flagged: the threshold is below
-            the lowest of their scores, whatever the rate.
+        known_defects (ImageSource): Defective images, or folders of them, that must be flagged, each with a pixel at
+            least: the thresholds are below the lowest of their scores, whatever the rate.
         output (str | Path | None): Where to save the changed checkpoint. Defaults to the place of the old one.
         device (str): Where to compute. Defaults to ``"cpu"``.
 
@@ -82,21 +81,20 @@ def calibrate_checkpoint(
         msg = f"{len(both)} image(s) are given as training image and as another good one, {min(both)} for instance."
         raise ValueError(msg)
     choose_threshold([0.0] * (len(known or ()) + len(others or ())), false_alarm_rate)  # refused before the work
-    scores: list[float] = []
+    good: list[Thresholds] = []
     if others:
-        scores += [float(model(image).pred_score) for image in tqdm(others, "Scoring good images", disable=None)]
+        good += [highest_scores(model(image)) for image in tqdm(others, "Scoring good images", disable=None)]
     if known:
         held_out = score_out_of_fold(model, known, inspector.model.hparams.bank_stride)
-        scores += [float(predictions.pred_score) for _, predictions in held_out]
-    chosen = choose_threshold(scores, false_alarm_rate)
-    threshold = chosen.threshold
+        good += [highest_scores(predictions) for _, predictions in held_out]
+    chosen, of_pixels = (choose_threshold(scores, false_alarm_rate) for scores in zip(*good, strict=True))
+    thresholds = Thresholds(chosen.threshold, of_pixels.threshold)
     if known_defects:
-        defects = inspector.prepared(known_defects)
-        lowest = min(float(model(image).pred_score) for image in tqdm(defects, "Scoring known defects", disable=None))
-        # What is above the threshold is flagged, not what is at it.
-        threshold = min(threshold, float(np.nextafter(np.float32(lowest), np.float32(0))))
-    details = {"false_alarm_rate": false_alarm_rate, "num_images": chosen.num_images, "threshold": threshold}
-    written = edit_checkpoint(ckpt_path, output, "calibrate", details, both_thresholds(threshold))
-    before = raw_image_threshold(processor)
-    flagged_before, flagged_now = (sum(score > limit for score in scores) for limit in (before, threshold))
-    return Calibration(chosen, threshold, flagged_before, flagged_now, written)
+        defects = tqdm(inspector.prepared(known_defects), "Scoring known defects", disable=None)
+        lowest = map(min, zip(*(highest_scores(model(image)) for image in defects), strict=True))
+        thresholds = Thresholds(*(min(pair) for pair in zip(thresholds, map(just_below, lowest), strict=True)))
+    details = {"false_alarm_rate": false_alarm_rate, "num_images": chosen.num_images, "threshold": thresholds.image}
+    written = edit_checkpoint(ckpt_path, output, "calibrate", details, thresholds_state(thresholds))
+    limits = (raw_thresholds(processor).image, thresholds.image)
+    flagged_before, flagged_now = (sum(scores.image > limit for scores in good) for limit in limits)
+    return Calibration(chosen, thresholds, flagged_before, flagged_now, written)

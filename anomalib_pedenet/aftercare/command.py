@@ -53,7 +53,7 @@ def calibrate(
     )
     chosen = done.chosen
     print(f"Of {chosen.num_images} good images {done.flagged_before} were flagged before, {done.flagged_now} are now.")
-    if done.threshold < chosen.threshold:
+    if done.thresholds.image < chosen.threshold:
         print(
             "All known defects are flagged, for which the threshold had to be LOWER than for that rate of false "
             f"alarms: about {done.flagged_now / chosen.num_images:.1%} of good images will be flagged."

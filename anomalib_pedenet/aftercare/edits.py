@@ -13,7 +13,7 @@ import torch
 from anomalib_pedenet.host.checkpoint_io import CheckedCheckpointIO
 from anomalib_pedenet.host.earlier_versions import bring_up_to_date
 from anomalib_pedenet.lightning_model import Pedenet
-from anomalib_pedenet.post_processor import LIMITS
+from anomalib_pedenet.post_processor import Thresholds
 
 EDITS = "pedenet_edits"
 """Entry of a checkpoint: a mapping for each change after the training, the latest last, with the tensors replaced."""
@@ -98,9 +98,9 @@ def edit_checkpoint(
     return target
 
 
-def both_thresholds(threshold: float) -> dict[str, torch.Tensor]:
-    """Return the state of a checkpoint whose images and pixels have a threshold, by names in the state."""
-    return {f"post_processor.{name}": torch.tensor(threshold) for name in LIMITS}
+def thresholds_state(thresholds: Thresholds) -> dict[str, torch.Tensor]:
+    """Return the state of a checkpoint that has some thresholds, by names in the state."""
+    return {f"post_processor.{name}": value for name, value in thresholds.state().items()}
 
 
 def undo_edit(ckpt_path: str | Path, output: str | Path | None = None) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import torch
 from anomalib.post_processing import PostProcessor
 from PIL import Image
 
-from anomalib_pedenet.aftercare.edits import both_thresholds, edit_checkpoint
+from anomalib_pedenet.aftercare.edits import edit_checkpoint, thresholds_state
 from anomalib_pedenet.aftercare.images import ImageSource, as_seen
 from anomalib_pedenet.aftercare.inspector import Inspector
 from anomalib_pedenet.data.normal_images import spread
 from anomalib_pedenet.false_alarms import FalseAlarmThreshold, default_threshold
+from anomalib_pedenet.post_processor import Thresholds, highest_scores
 from anomalib_pedenet.region import AUTO_ROI, find_roi
 from anomalib_pedenet.training.bank_building import CALIBRATION_IMAGES, fit_scorers
 from anomalib_pedenet.training.out_of_fold import score_out_of_fold
@@ -31,7 +32,7 @@ class Masking(NamedTuple):
 
     Attributes:
         visible (float): Share of the images that is looked at.
-        chosen (FalseAlarmThreshold): The new threshold, and what may be expected of it.
+        chosen (FalseAlarmThreshold): The new threshold of images, and what may be expected of it.
         ckpt_path (Path): The checkpoint that was written.
     """
 
@@ -89,11 +90,11 @@ def mask_checkpoint(
     model.region.set(visible)
     model.calibrate(sample, stride)
     fit_scorers(model, images, sample, stride)
-    scores = [float(found.pred_score) for _, found in score_out_of_fold(model, images, stride)]
-    chosen = default_threshold(scores)
+    scores = [highest_scores(found) for _, found in score_out_of_fold(model, images, stride)]
+    chosen, of_pixels = map(default_threshold, zip(*scores, strict=True))
     tensors = {f"model.{name}": value for name, value in model.state_dict().items() if not name.startswith(_KEPT)}
     if isinstance(lightning_model.post_processor, PostProcessor):
-        tensors |= both_thresholds(chosen.threshold)
+        tensors |= thresholds_state(Thresholds(chosen.threshold, of_pixels.threshold))
     share = float(visible.float().mean())
     details = {"roi": str(roi), "visible": share, "threshold": chosen.threshold}
     written = edit_checkpoint(ckpt_path, output, "mask", details, tensors, replaced=("model.scorers.",))

@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from anomalib_pedenet.aftercare.edits import EDITS, both_thresholds, edit_checkpoint, read_checkpoint
+from anomalib_pedenet.aftercare.edits import EDITS, edit_checkpoint, read_checkpoint, thresholds_state
 from anomalib_pedenet.aftercare.images import ImageSource, PreparedImages
 from anomalib_pedenet.aftercare.inspection import THRESHOLD, Truth
 from anomalib_pedenet.aftercare.inspector import Inspector
 from anomalib_pedenet.false_alarms import choose_threshold
-from anomalib_pedenet.post_processor import change_unit, raw_image_threshold
+from anomalib_pedenet.post_processor import Thresholds, change_unit, just_below, raw_thresholds
 from anomalib_pedenet.region import image_size_of
 from anomalib_pedenet.torch_model import PedenetModel
 
@@ -115,7 +114,8 @@ def teach_checkpoint(
         NotImplementedError: If the model's scorer cannot be taught.
     """
     inspector = Inspector(ckpt_path, device)
-    model, threshold = inspector.model.model, raw_image_threshold(inspector.model.post_processor)
+    model, thresholds = inspector.model.model, raw_thresholds(inspector.model.post_processor)
+    threshold = thresholds.image
     sources: list[tuple[str, PreparedImages]] = [("taught", inspector.prepared(good_images))]
     roles: list[tuple[Truth, ImageSource]] = [("defective", known_defects), ("good", known_good)]
     sources += [(role, inspector.prepared(source)) for role, source in roles if source]
@@ -129,7 +129,7 @@ def teach_checkpoint(
         within = inspector.read_region(region, to_teach)
     before = [[_score(model, image) for image in images] for _, images in sources]
     flagged = _flagged(to_teach.files, before[0], threshold)
-    teacher = _Teacher(model, to_teach, threshold, within)
+    teacher = _Teacher(model, to_teach, thresholds, within)
     held_out = teacher.scores_of_others(flagged) if known_defects else []
     teacher.teach(flagged)
     after = [[_score(model, image) for image in images] for _, images in sources]
@@ -144,7 +144,8 @@ def teach_checkpoint(
     if any(lesson.is_lost for lesson in lessons) and not force:
         raise LostDefectError(lessons)
     tensors = {f"model.scorers.{name}": value for name, value in model.scorers.state_dict().items()}
-    tensors |= both_thresholds(new_threshold) if new_threshold != threshold else {}
+    if new_threshold != threshold:
+        tensors |= thresholds_state(_moved(thresholds, new_threshold))
     details = {
         "files": [str(to_teach.files[index]) for index in flagged],
         "digests": [digests[index] for index in flagged],
@@ -172,26 +173,26 @@ class _Teacher:
     Args:
         model (PedenetModel): The model.
         images (PreparedImages): Good images.
-        threshold (float): Score, as the model gives it, above which an image is flagged.
+        thresholds (Thresholds): Scores, as the model gives them, above which images and pixels are flagged.
         within (torch.Tensor | None): Where the images are good, bool ``[H, W]``; ``None`` for everywhere.
     """
 
     def __init__(
-        self, model: PedenetModel, images: PreparedImages, threshold: float, within: torch.Tensor | None
+        self, model: PedenetModel, images: PreparedImages, thresholds: Thresholds, within: torch.Tensor | None
     ) -> None:
         self._model, self._images = model, images
-        self._threshold, self._within = threshold, within
+        self._thresholds, self._within = thresholds, within
 
     def teach(self, positions: Sequence[int]) -> None:
         """Teach some of the images, again as long as they are flagged."""
-        distance = self._threshold / (1 - self._threshold) * _SHARE_OF_THRESHOLD
+        limit = _score_of(_distance(self._thresholds.pixel) * _SHARE_OF_THRESHOLD)
         rest = list(positions)
         for _ in range(_ROUNDS):
-            taken = self._model.teach(self._images.take(rest), distance / (1 + distance), self._within)
+            taken = self._model.teach(self._images.take(rest), limit, self._within)
             logger.info(
                 "Taken for normal: %s.", ", ".join(f"{count} patches of {size} px" for size, count in taken.items())
             )
-            rest = [index for index in rest if _score(self._model, self._images[index]) > self._threshold]
+            rest = [index for index in rest if _score(self._model, self._images[index]) > self._thresholds.image]
             if not rest:
                 break
 
@@ -235,17 +236,33 @@ def move_threshold(
     found = [after for before, after in defects if before > threshold]
     if not found:
         return threshold
-    lowest, distance = min(found), threshold / (1 - threshold)
+    lowest, distance = min(found), _distance(threshold)
     if lowest > threshold:
         if not held_out:
             return threshold
-        between = math.sqrt(distance * lowest / (1 - lowest))
+        between = _score_of(math.sqrt(distance * _distance(lowest)))
         wanted = choose_threshold(held_out, _STILL_FLAGGED).threshold
-        return max(threshold, min(wanted, between / (1 + between)))
-    lower = float(np.nextafter(np.float32(lowest), np.float32(0)))
-    is_near = lower / (1 - lower) >= _LEAST_FALL * distance
+        return max(threshold, min(wanted, between))
+    lower = just_below(lowest)
+    is_near = _distance(lower) >= _LEAST_FALL * distance
     helps = sum(after > lower for _, after in good) < sum(before > threshold for before, _ in good)
     return lower if is_near and helps else threshold
+
+
+def _moved(thresholds: Thresholds, image: float) -> Thresholds:
+    """Return thresholds with that of images moved, and that of pixels by as much."""
+    factor = _distance(image) / _distance(thresholds.image)
+    return Thresholds(image, _score_of(factor * _distance(thresholds.pixel)))
+
+
+def _distance(score: float) -> float:
+    """Return the distance to what is normal of a score, in units of the highest of normal images."""
+    return score / (1 - score)
+
+
+def _score_of(distance: float) -> float:
+    """Return the score of such a distance."""
+    return distance / (1 + distance)
 
 
 def _check_one_size(images: Sequence[Path]) -> None:

@@ -51,8 +51,7 @@ UNSAVED_TRANSFORM = "pedenet_unsaved_transform"
 SHORTENED = "pedenet_shortened_to"
 """Entry of a checkpoint: the length of a training that was shortened."""
 
-# The scales' weights and the kind of the images.
-_CHOSEN = "model._extra_state"
+_CHOSEN = "model._extra_state"  # the scales' weights and the kind of the images
 
 FITTED = (
     "model.scorers.",
@@ -64,6 +63,7 @@ FITTED = (
     "model.map_",
     "model.typical_score",
     "model.normal_limit",
+    "model.image_limit",
 )
 """Names, or their first parts, of what is fitted with the memory bank."""
 

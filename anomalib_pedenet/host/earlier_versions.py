@@ -12,9 +12,10 @@ from anomalib_pedenet.networks import SMALL_CHANNELS
 from anomalib_pedenet.post_processor import THRESHOLDS
 from anomalib_pedenet.scorers.whitening import Whitening
 
-# Names in a checkpoint's state: the highest score of normal images, what each trained scale has learned, what was
-# chosen from normal images, and the weights of the first convolution.
+# Names in a checkpoint's state: the highest scores of normal images' pixels, and of normal images, what each trained
+# scale has learned, what was chosen from normal images, and the weights of the first convolution.
 _LIMIT = "model.normal_limit"
+_IMAGE_LIMIT = "model.image_limit"
 _LEARNED = "model.learned"
 _CHOSEN = "model._extra_state"
 _FIRST_LAYER = "model.embedding_network.small_encoder.0.weight"
@@ -24,8 +25,9 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
     """Bring a checkpoint of an earlier version up to date.
 
     The first had scores without a limit, so that thresholds are brought into 0..1. Later ones did not keep what was
-    learned at each scale, always had the product of the scales' maps, had no region of interest, and did not whiten
-    embeddings. Some measured places by themselves. The width of the encoder was not named.
+    learned at each scale, always had the product of the scales' maps, had no region of interest, did not whiten
+    embeddings, and had one limit for pixels and images. Some measured places by themselves. The width of the encoder
+    was not named.
 
     Args:
         checkpoint (dict[str, Any]): Loaded checkpoint, which is changed.
@@ -47,8 +49,9 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
         for name, value in Whitening().state_dict().items():
             state.setdefault(f"model.whitenings.{size}.{name}", value)
     if _LIMIT in state:
+        state.setdefault(_IMAGE_LIMIT, state[_LIMIT])
         return
-    state[_LIMIT] = torch.ones(())
+    state |= {_LIMIT: torch.ones(()), _IMAGE_LIMIT: torch.ones(())}
     for name in THRESHOLDS:
         if f"post_processor.{name}" in state:
             score = state[f"post_processor.{name}"]

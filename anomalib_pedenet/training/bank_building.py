@@ -10,8 +10,9 @@ import torch
 from tqdm import tqdm
 
 from anomalib_pedenet.data.normal_images import MIN_TRAINING_IMAGES, TrainingSet, spread
-from anomalib_pedenet.false_alarms import FalseAlarmThreshold, default_threshold
+from anomalib_pedenet.false_alarms import default_threshold
 from anomalib_pedenet.kinds import LOOSE
+from anomalib_pedenet.post_processor import Thresholds, highest_scores
 from anomalib_pedenet.torch_model import PedenetModel
 from anomalib_pedenet.training.out_of_fold import ImageSet, score_out_of_fold
 
@@ -101,8 +102,8 @@ def fit_scorers(
 
 def threshold_of_training(
     model: PedenetModel, images: TrainingSet, trained_on: Sequence[int], stride: int, quiet: bool = False
-) -> FalseAlarmThreshold | None:
-    """Choose a threshold by the training images, each scored by what is fitted on others.
+) -> Thresholds | None:
+    """Choose thresholds by the training images, each scored by what is fitted on others.
 
     Args:
         model (PedenetModel): A fitted model.
@@ -112,19 +113,19 @@ def threshold_of_training(
         quiet (bool): Whether no progress is shown. Defaults to ``False``.
 
     Returns:
-        FalseAlarmThreshold | None: The threshold; ``None`` of a single image.
+        Thresholds | None: The thresholds; ``None`` of a single image.
     """
     if len(trained_on) < MIN_TRAINING_IMAGES:
         return None
     chosen = images.images([trained_on[position] for position in spread(len(trained_on), _THRESHOLD_IMAGES)])
-    scores = [float(predictions.pred_score) for _, predictions in score_out_of_fold(model, chosen, stride, quiet)]
-    threshold = default_threshold(scores)
+    scores = [highest_scores(predictions) for _, predictions in score_out_of_fold(model, chosen, stride, quiet)]
+    image, pixel = map(default_threshold, zip(*scores, strict=True))
     logger.info(
         "No validation has set thresholds: they are set by %d training images, each scored by what is fitted on "
         "others. Of other good images like these %.1f %% will be called defective on average (%.1f to %.1f %%).",
         len(scores),
-        100 * threshold.rate,
-        100 * threshold.low,
-        100 * threshold.high,
+        100 * image.rate,
+        100 * image.low,
+        100 * image.high,
     )
-    return threshold
+    return Thresholds(image.threshold, pixel.threshold)

@@ -91,7 +91,7 @@ class PedenetBankMixin(MemoryBankMixin):
         with self._as_scored():
             found = threshold_of_training(self.model, images, self._trained_on(images), self.hparams.bank_stride, quiet)
         if found is not None:
-            set_thresholds(self.post_processor, found.threshold)
+            set_thresholds(self.post_processor, found)
 
     def _warn_without_thresholds(self) -> None:
         """Say once that there are no thresholds, if there are none."""

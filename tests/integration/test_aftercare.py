@@ -261,17 +261,17 @@ def test_known_defects_are_flagged_whatever_the_rate(checkpoint: Path, stripes: 
     Image.fromarray(faint.astype(np.uint8)).save(tmp_path / "faint/000.png")
     good = [stripes / "train/good"]
     plain = calibrate_checkpoint(checkpoint, 0.2, training_images=good, output=tmp_path / "plain.ckpt")
-    assert plain.threshold == plain.chosen.threshold
+    assert plain.thresholds.image == plain.chosen.threshold
     (score,) = Inspector(tmp_path / "plain.ckpt").inspect(tmp_path / "faint")
     assert not score.is_flagged
     done = calibrate_checkpoint(checkpoint, 0.2, training_images=good, known_defects=tmp_path / "faint")
-    assert done.threshold < plain.threshold
+    assert done.thresholds.image < plain.thresholds.image
     (score,) = Inspector(checkpoint).inspect(tmp_path / "faint")
     assert score.is_flagged
     assert score.score == pytest.approx(0.5, abs=1e-5)
     # Those that are found anyway change nothing.
     easy = calibrate_checkpoint(checkpoint, 0.2, training_images=good, known_defects=stripes / "test/square")
-    assert easy.threshold == plain.threshold
+    assert easy.thresholds.image == plain.thresholds.image
 
 
 @with_both_scorers

@@ -77,6 +77,7 @@ def test_another_scorer_takes_a_checkpoints_networks_and_its_own_checkpoint_scor
                 "model.position_encodings.",
                 "model.whitenings.",
                 "model.normal_limit",
+                "model.image_limit",
                 "model.map_",
                 "model.typical_score",
                 "model._extra_state",

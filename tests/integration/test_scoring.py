@@ -190,13 +190,14 @@ def test_without_validation_training_images_that_are_held_out_set_the_thresholds
     assert "14.3 % will be called defective on average" in caplog.text
     files = sorted((root / "train/good").glob("*.png"))
     batches = [model.pre_processor(read_image(str(file))[None] / 255) for file in files]
-    scores = []
+    found = []
     for part in range(4):
         probe = copy.deepcopy(model.model)
         probe.fit([batch for index, batch in enumerate(batches) if index % 4 != part], 8)
-        scores += [float(probe(batch).pred_score) for batch in batches[part::4]]
-    assert float(model.post_processor.image_threshold) == pytest.approx(max(scores), abs=1e-6)
-    assert torch.equal(model.post_processor.image_threshold, model.post_processor.pixel_threshold)
+        found += [probe(batch) for batch in batches[part::4]]
+    images, pixels = (max(float(getattr(one, name).max()) for one in found) for name in ("pred_score", "anomaly_map"))
+    assert float(model.post_processor.image_threshold) == pytest.approx(images, abs=1e-6)
+    assert float(model.post_processor.pixel_threshold) == pytest.approx(pixels, abs=1e-6)
 
     caplog.clear()
     loaded = Pedenet.load_from_checkpoint(engine.best_model_path)
@@ -309,9 +310,9 @@ def test_a_checkpoint_of_unbounded_scores_is_brought_up_to_date(trained: Path, r
     """Earlier versions had no limit: their thresholds are distances."""
     checkpoint = torch.load(trained, weights_only=True)
     state = checkpoint["state_dict"]
-    limit = state.pop("model.normal_limit")
+    limits = {"pixel": state.pop("model.normal_limit"), "image": state.pop("model.image_limit")}
     for name in ("_image_threshold", "_pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max"):
-        score = state[f"post_processor.{name}"]
+        score, limit = state[f"post_processor.{name}"], limits[name.strip("_").split("_")[0]]
         state[f"post_processor.{name}"] = limit * score / (1 - score)
     torch.save(checkpoint, tmp_path / "old.ckpt")
     new, old = Pedenet.load_from_checkpoint(trained), Pedenet.load_from_checkpoint(tmp_path / "old.ckpt")

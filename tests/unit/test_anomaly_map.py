@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_pedenet.anomaly_map import averaging_matrix, combine_maps, scores_to_map, soft_maximum
+from anomalib_pedenet.anomaly_map import averaging_matrix, combine_maps, image_scores, scores_to_map, soft_maximum
 from anomalib_pedenet.patches import grid_size
 
 
@@ -184,3 +184,15 @@ def test_the_soft_maximum_does_not_overflow() -> None:
     maps = [torch.full((1, 1, 1, 1), 1e6), torch.full((1, 1, 1, 1), 2e6)]
     joined = soft_maximum(maps, torch.zeros(2), torch.ones(2), [1.0, 1.0])
     torch.testing.assert_close(joined, maps[1])
+
+
+def test_an_image_is_scored_by_its_worst_pixel_or_by_that_and_the_mean() -> None:
+    anomaly_map = torch.tensor([[1.0, 1.0, 1.0, 9.0], [3.0, 3.0, 3.0, 3.0]])[:, None, None]
+    assert image_scores(anomaly_map, has_extent=False).tolist() == [9, 3]
+    assert image_scores(anomaly_map, has_extent=True).tolist() == pytest.approx([math.sqrt(9 * 3), 3])
+
+
+def test_hidden_pixels_have_no_part_in_an_images_score() -> None:
+    anomaly_map = torch.tensor([[2.0, 4.0, 0.0, 0.0]])[:, None, None]  # of which the right half is hidden
+    expected = image_scores(anomaly_map[..., :2], has_extent=True)
+    torch.testing.assert_close(image_scores(anomaly_map, has_extent=True, visible=0.5), expected)

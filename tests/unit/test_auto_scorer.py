@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -217,14 +218,19 @@ def test_all_kinds_that_checkpoints_may_hold_score_as_they_did(number: int) -> N
     loaded.load_state_dict(model.state_dict())
     assert loaded.kind == KINDS[number]
     torch.testing.assert_close(loaded(images).anomaly_map, model(images).anomaly_map, rtol=0, atol=0)
+    torch.testing.assert_close(loaded(images).pred_score, model(images).pred_score, rtol=0, atol=0)
     dimensions = {patches.embeddings.shape[-1] for _, patches in loaded.patch_scores(images)}
     # What earlier versions wrote: two without whitening, and three, none of which left a direction out.
     assert [kind.scorer for kind in KINDS[:5]] == ["gaussian_mixture", "exact", "ppca", "exact", "gaussian_mixture"]
     assert [kind.is_whitened for kind in KINDS[:5]] == [False, False, False, True, True]
     assert [kind.has_means for kind in KINDS[:5]] == [False, False, False, False, True]
     assert all(kind.kept == 1 and not kind.is_relative for kind in KINDS[:5])
-    assert KINDS[5:] == (LOOSE, SURFACE)
-    assert dimensions == {{"ppca": 64, "exact": 66, "gaussian_mixture": 64}[KINDS[number].scorer] - 16 * (number > 4)}
+    # The latter two with fewer directions; and now all three with another score of images.
+    assert [replace(kind, has_extent=False) for kind in (LOOSE, SURFACE)] == list(KINDS[5:7])
+    assert KINDS[2:7] == tuple(replace(kind, has_extent=False) for kind in KINDS[2:7])
+    assert KINDS[7:] == (ALIGNED, LOOSE, SURFACE)
+    of_scorer = {"ppca": 64, "exact": 66, "gaussian_mixture": 64}[KINDS[number].scorer]
+    assert dimensions == {of_scorer - 16 * (KINDS[number].kept < 1)}
 
 
 def test_another_scorer_weighs_the_scales_by_what_was_learned() -> None:
@@ -244,8 +250,8 @@ def test_kinds_of_earlier_versions_are_scored_as_they_were(number: int, kind: st
 
 
 def test_a_kind_of_a_later_version_is_refused() -> None:
-    with pytest.raises(ValueError, match="a kind 9 of images, of a later version"):
-        PedenetModel(scorer="auto").set_extra_state(torch.tensor([1.0, 1.0, 1.0, 1.0, 9.0]))
+    with pytest.raises(ValueError, match=f"a kind {len(KINDS)} of images, of a later version"):
+        PedenetModel(scorer="auto").set_extra_state(torch.tensor([1.0, 1.0, 1.0, 1.0, len(KINDS)]))
 
 
 def test_the_edge_of_a_region_makes_no_loose_parts_of_a_surface() -> None:
