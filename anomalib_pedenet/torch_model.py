@@ -23,6 +23,9 @@ from anomalib_pedenet.scorers.position import choose_weight
 from anomalib_pedenet.scoring_model import ScoringModel
 from anomalib_pedenet.tiling import to_tiles
 
+# What lies so far from what is normal, in parts of the limit's distance, is taught with what is flagged.
+_SHARE_OF_LIMIT = 0.5
+
 
 class PedenetModel(ScoringModel):
     """PEDENet: the networks, a scorer for each scale, and the anomaly map; how they are fitted and taught.
@@ -219,8 +222,9 @@ class PedenetModel(ScoringModel):
 
         Args:
             images (Iterable[torch.Tensor]): Pre-processed good images ``[B, 3, H, W]``.
-            limit (float): Score of a pixel, as :meth:`forward` gives it, above which the patches that cover it are
-                taken, as far as they score higher than a typical one.
+            limit (float): Score of a pixel, as :meth:`forward` gives it, above which it is flagged. Patches are taken
+                that cover a pixel more than half as far from what is normal, so that others of the kind are not flagged
+                either, as far as they score higher than a typical one.
             within (torch.Tensor | None): Where images are good, bool ``[H, W]``. Defaults to ``None``, everywhere.
 
         Returns:
@@ -237,21 +241,24 @@ class PedenetModel(ScoringModel):
             raise ValueError(msg)
         for size in self.scale_shares:
             self.scorers[str(size)].check_teachable()
-        taught: dict[int, list[torch.Tensor]] = {size: [] for size in self.scale_shares}
+        taught: dict[int, list[tuple[torch.Tensor, ...]]] = {size: [] for size in self.scale_shares}
+        distance = limit / (1 - limit)
         for batch in images:
-            found = self(batch).anomaly_map > limit
+            found = self(batch).anomaly_map > distance / (distance + 1 / _SHARE_OF_LIMIT)
             is_abnormal = (found if within is None else found & within).float()
             # In finer steps: on the next image the same thing lies otherwise in the grid of patches.
             is_finer = batch.shape[-2:].numel() <= STRIP_PIXELS and not self._goes_by_place
             stride = BASE_STRIDE if is_finer else self.stride
             for size, patches in self.patch_scores(batch, stride):
                 is_covering = max_pool2d(is_abnormal, size, stride)[:, 0] > 0  # [B, h, w]
-                taught[size].append(patches.embeddings[is_covering & (patches.scores > 1)])
-        rows = {size: torch.cat(parts) for size, parts in taught.items()}
-        for size, embeddings in rows.items():
+                chosen = is_covering & (patches.scores > 1)
+                is_flagged = patches.scores[chosen] > distance * self.normal_limit
+                taught[size].append((patches.embeddings[chosen], chosen.nonzero()[:, 1:], is_flagged))
+        lessons = {size: [torch.cat(parts) for parts in zip(*batches, strict=True)] for size, batches in taught.items()}
+        for size, (embeddings, *where) in lessons.items():
             if len(embeddings):
-                self.scorers[str(size)].teach(embeddings)
-        return {size: len(embeddings) for size, embeddings in rows.items()}
+                self.scorers[str(size)].teach(embeddings, *where)
+        return {size: len(embeddings) for size, (embeddings, *_) in lessons.items()}
 
     def _shown_patches(self, size: Sequence[int], patch_size: int, stride: int) -> torch.Tensor:
         """Return which patches of images of some height and width have a part in visible pixels' scores, ``[h, w]``."""

@@ -24,10 +24,6 @@ from anomalib_pedenet.torch_model import PedenetModel
 
 logger = logging.getLogger(__name__)
 
-# Patches are taken where a pixel lies more than half as far from what is normal as the threshold, so that others of
-# the kind are not flagged either.
-_SHARE_OF_THRESHOLD = 0.5
-
 # Of images like the taught ones so many may be flagged, as far as known defects allow it.
 _STILL_FLAGGED = 1 / 3
 
@@ -185,10 +181,9 @@ class _Teacher:
 
     def teach(self, positions: Sequence[int]) -> None:
         """Teach some of the images, again as long as they are flagged."""
-        limit = _score_of(_distance(self._thresholds.pixel) * _SHARE_OF_THRESHOLD)
         rest = list(positions)
         for _ in range(_ROUNDS):
-            taken = self._model.teach(self._images.take(rest), limit, self._within)
+            taken = self._model.teach(self._images.take(rest), self._thresholds.pixel, self._within)
             logger.info(
                 "Taken for normal: %s.", ", ".join(f"{count} patches of {size} px" for size, count in taken.items())
             )

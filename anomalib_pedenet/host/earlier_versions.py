@@ -48,6 +48,8 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
     for size in [name.split(".")[2] for name in state if name.startswith("model.position_encodings.")]:
         for name, value in Whitening().state_dict().items():
             state.setdefault(f"model.whitenings.{size}.{name}", value)
+    for name in [name for name in state if name.startswith("model.scorers.") and name.endswith(".blocks")]:
+        state.setdefault(name.removesuffix("blocks") + "num_images", torch.tensor(0))
     if _LIMIT in state:
         state.setdefault(_IMAGE_LIMIT, state[_LIMIT])
         return

@@ -142,18 +142,24 @@ class Scorer(DynamicBufferMixin, nn.Module, ABC):
             self.update(embeddings)
         self.finalize()
 
-    def teach(self, embeddings: torch.Tensor) -> None:
+    def teach(
+        self, embeddings: torch.Tensor, places: torch.Tensor | None = None, flagged: torch.Tensor | None = None
+    ) -> None:
         """Take further embeddings for normal, beside what was fitted.
 
         A subclass that can do so overrides it.
 
         Args:
             embeddings (torch.Tensor): Embeddings ``[N, Z]``, one or more.
+            places (torch.Tensor | None): Row and column of each in the grid of its image, int64 ``[N, 2]``, for those
+                that go ``by_place``. Defaults to ``None``, not known.
+            flagged (torch.Tensor | None): Which are abnormal by themselves, bool ``[N]``; the others are unusual, and
+                lie near to such. Defaults to ``None``, all.
 
         Raises:
             NotImplementedError: If this scorer cannot.
         """
-        del embeddings
+        del embeddings, places, flagged
         self.check_teachable()
 
     def check_teachable(self) -> None:

@@ -74,7 +74,9 @@ class GaussianMixtureScorer(GaussiansScorer):
         self._set_mixture(weights, means, whiten(covariances, 0.0))
         return torch.cat([self(part) for part in rows.split(_CHUNK)]).mean()
 
-    def teach(self, embeddings: torch.Tensor) -> None:
+    def teach(
+        self, embeddings: torch.Tensor, places: torch.Tensor | None = None, flagged: torch.Tensor | None = None
+    ) -> None:
         """Add a few Gaussians for further normal embeddings.
 
         Each has the covariance of the Gaussian nearest to it and of what it was made from, and such a weight that its
@@ -83,7 +85,10 @@ class GaussianMixtureScorer(GaussiansScorer):
 
         Args:
             embeddings (torch.Tensor): Embeddings ``[N, Z]``, one or more.
+            places (torch.Tensor | None): Unused.
+            flagged (torch.Tensor | None): Unused.
         """
+        del places, flagged
         heights = self.log_weights + self.log_norms
         eye = torch.eye(self.embedding_dim).to(self.whitening)
         for members in neighbor_groups(embeddings.to(self.shifts), _TAUGHT, self.seed):

@@ -268,7 +268,9 @@ class NearestNeighborScorer(MemoryBankScorer):
         self.rows = append_norms(rows - self.mean)
         return self._typical_score()
 
-    def teach(self, embeddings: torch.Tensor) -> None:
+    def teach(
+        self, embeddings: torch.Tensor, places: torch.Tensor | None = None, flagged: torch.Tensor | None = None
+    ) -> None:
         """Put further embeddings into the bank.
 
         The bank does not grow beyond ``bank_size``: what is added is a tenth of it at most, and takes the place of the
@@ -277,7 +279,10 @@ class NearestNeighborScorer(MemoryBankScorer):
 
         Args:
             embeddings (torch.Tensor): Embeddings ``[N, Z]``, one or more.
+            places (torch.Tensor | None): Unused.
+            flagged (torch.Tensor | None): Unused.
         """
+        del places, flagged
         limit = max(1, len(self.rows) // _TAUGHT_PART)
         taught = _farthest(embeddings.to(self.rows) - self.mean, self.bank, limit, float(self.typical_score))
         room = int(self.bank_size) - len(self.rows) if self.bank_size >= 1 else 0

@@ -36,6 +36,8 @@ _NO_VARIANCE = 1e-6
 _LEAST_VARIANCE, _TINY_VARIANCE = 1e-3, 1e-6
 
 _TAUGHT = 128  # rows that a teaching adds at most
+_LESSONS = 16  # so many taught images count as much as all that were fitted
+_CHUNK = 4_096  # rows whose products with themselves are in memory: 67 MB
 
 
 class ProbabilisticPcaScorer(PlaceScorer):
@@ -57,6 +59,7 @@ class ProbabilisticPcaScorer(PlaceScorer):
     noise_scales: torch.Tensor
     blocks: torch.Tensor
     taught: torch.Tensor
+    num_images: torch.Tensor
 
     def __init__(self, embedding_dim: int = 64, seed: int = 0) -> None:
         super().__init__(embedding_dim, seed)
@@ -69,6 +72,7 @@ class ProbabilisticPcaScorer(PlaceScorer):
         self.register_buffer("noise_scales", torch.zeros(0))
         self.register_buffer("blocks", torch.zeros(0, 0, dtype=torch.long))  # of each place, [h, w]
         self.register_buffer("taught", torch.zeros(0, embedding_dim))  # U z of what is normal anywhere, [T, Z]
+        self.register_buffer("num_images", torch.zeros((), dtype=torch.long))  # 0 where that is not known
         self._moments: _BlockMoments | None = None  # of the fit under way
 
     @property
@@ -96,17 +100,21 @@ class ProbabilisticPcaScorer(PlaceScorer):
         pooled = torch.einsum("g,gyz->yz", shares, covariances)
         (unit,) = whiten(pooled[None], _LEAST_VARIANCE * float(pooled.diagonal().mean()) + _TINY_VARIANCE)
         found, vectors = torch.linalg.eigh(unit @ covariances @ unit.T)  # ascending
-        shrinkage = max(_SHRINKAGE, _HALF_SHRUNK / (_HALF_SHRUNK + count))
+        shrinkage = _shrinkage(count)
         variances = (1 - shrinkage) * found + shrinkage
-        kept = self.directions.shape[1]
-        noise = variances[:, :-kept].mean(dim=1) if kept < self.embedding_dim else variances[:, 0]
+        kept, noise = self.directions.shape[1], self._noise(variances)
         self.unit, self.means = unit.to(self.unit), means.to(self.unit)
         self.directions = vectors[..., -kept:].transpose(1, 2).contiguous().to(self.unit)
         self.scales, self.noise_scales = variances[:, -kept:].rsqrt().to(self.unit), noise.rsqrt().to(self.unit)
-        self.blocks = blocks
+        self.blocks, self.num_images = blocks, torch.tensor(count).to(blocks)
         self.taught = self.unit.new_zeros(0, self.embedding_dim)
         squared = (found[:, -kept:] / variances[:, -kept:]).sum(dim=1) + found[:, :-kept].sum(dim=1) / noise
         return (shares * squared).sum().clamp(min=0).sqrt()
+
+    def _noise(self, variances: torch.Tensor) -> torch.Tensor:
+        """Return the variance beyond the directions ``[G]`` of blocks with variances ``[G, Z]``, ascending."""
+        kept = self.directions.shape[1]
+        return variances[:, :-kept].mean(dim=1) if kept < self.embedding_dim else variances[:, 0]
 
     def _distances(self, embeddings: torch.Tensor) -> torch.Tensor:
         centered = (embeddings - self.means) @ self.unit.T
@@ -127,17 +135,70 @@ class ProbabilisticPcaScorer(PlaceScorer):
         products = append_ones(units) @ append_norms(self.taught).T  # [B, h, w, T]
         return to_distances(units, products.amax(dim=-1)).square() + self.typical_score.square()
 
-    def teach(self, embeddings: torch.Tensor) -> None:
-        """Take further embeddings for normal, wherever in the image they lie.
+    def teach(
+        self, embeddings: torch.Tensor, places: torch.Tensor | None = None, flagged: torch.Tensor | None = None
+    ) -> None:
+        """Take further embeddings for normal: at their places, and what is flagged wherever in the image it lies.
 
-        Their distance is that to the nearest of 128 rows at most, centers of what was taught, by the mean covariance of
-        all places. There it is as that of a typical normal patch.
+        A place learns from them as if they had been fitted, though each counts as a sixteenth of the fitted images, so
+        that one makes a difference beside hundreds. What looks like something flagged has the distance to the nearest
+        of 128 rows at most, the centers of all that is flagged, by the mean covariance of all places, if that is less:
+        at a row it is as that of a typical normal patch.
 
         Args:
             embeddings (torch.Tensor): Embeddings ``[N, Z]``, one or more.
+            places (torch.Tensor | None): See :meth:`Scorer.teach`. Defaults to ``None``: no place learns from them.
+            flagged (torch.Tensor | None): Likewise. Defaults to ``None``, all.
         """
-        groups = neighbor_groups(embeddings.to(self.unit) @ self.unit.T, _TAUGHT, self.seed)
-        self.taught = torch.cat([self.taught, *[members.mean(dim=0, keepdim=True) for members in groups]])
+        embeddings = embeddings.to(self.unit)
+        anywhere = embeddings if flagged is None else embeddings[flagged]
+        if len(anywhere):
+            groups = neighbor_groups(anywhere @ self.unit.T, _TAUGHT, self.seed)
+            self.taught = torch.cat([self.taught, *[members.mean(dim=0, keepdim=True) for members in groups]])
+        if places is not None and self.num_images > 0:
+            self._learn_at_places(embeddings, places)
+
+    def _learn_at_places(self, embeddings: torch.Tensor, places: torch.Tensor) -> None:
+        """Update the means of places, and the covariances of their blocks, by embeddings ``[N, Z]``."""
+        images = int(self.num_images)
+        weight, shrinkage = max(1.0, images / _LESSONS), _shrinkage(images)
+        place = places[:, 0] * self.blocks.shape[1] + places[:, 1]
+        chosen, position, counts = place.unique(return_inverse=True, return_counts=True)  # [P], [N], [P]
+        means = self.means.flatten(0, 1)
+        deviations = embeddings - means[place]
+        total = images + weight * counts[:, None]
+        shifts = torch.zeros_like(means[chosen]).index_add_(0, position, weight * deviations) / total
+        blocks, block = self.blocks.flatten()[chosen].unique(return_inverse=True)  # [G], [P]
+        # The scatter of each block about the new means: of what was fitted, and of what is taught.
+        fitted = max(1, images - 1) * torch.bincount(self.blocks.flatten())[blocks].to(means)
+        added = torch.zeros_like(fitted).index_add_(0, block, weight * counts.to(means))
+        scatters = fitted[:, None, None] * self._covariances(blocks, shrinkage)
+        for rows, owners in zip((deviations @ self.unit.T).split(_CHUNK), block[position].split(_CHUNK), strict=True):
+            scatters.index_add_(0, owners, weight * rows[:, :, None] * rows[:, None])
+        units = shifts @ self.unit.T
+        scatters.index_add_(0, block, -total[:, :, None] * units[:, :, None] * units[:, None])
+        found, vectors = torch.linalg.eigh(scatters / (fitted + added)[:, None, None])
+        variances = (1 - shrinkage) * found.clamp(min=0) + shrinkage
+        kept = self.directions.shape[1]
+        self.means = means.index_add(0, chosen, shifts).unflatten(0, self.blocks.shape)
+        self.directions[blocks] = vectors[..., -kept:].transpose(1, 2)
+        self.scales[blocks] = variances[:, -kept:].rsqrt()
+        self.noise_scales[blocks] = self._noise(variances).rsqrt()
+
+    def _covariances(self, blocks: torch.Tensor, shrinkage: float) -> torch.Tensor:
+        """Return the covariances of some blocks, in units, as far as their directions hold them, ``[G, Z, Z]``."""
+        found, rest = (
+            (scales[blocks].square().reciprocal() - shrinkage) / (1 - shrinkage)
+            for scales in (self.scales, self.noise_scales)
+        )
+        directions = self.directions[blocks]
+        along = directions.transpose(1, 2) @ ((found - rest[:, None])[..., None] * directions)
+        return along + rest[:, None, None] * torch.eye(self.embedding_dim).to(along)
+
+
+def _shrinkage(num_images: int) -> float:
+    """Return the part of the mean covariance of all places in that of each."""
+    return max(_SHRINKAGE, _HALF_SHRUNK / (_HALF_SHRUNK + num_images))
 
 
 def _of_places(values: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

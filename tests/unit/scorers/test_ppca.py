@@ -110,6 +110,52 @@ def test_fewer_dimensions_than_directions_are_enough() -> None:
     assert scorer.typical_score.item() == pytest.approx(scorer(images).square().mean().sqrt().item(), rel=0.03)
 
 
+@pytest.mark.parametrize(("height", "width"), [(3, 4), (40, 30)])
+def test_places_learn_as_if_what_is_taught_had_been_fitted(height: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(10, height, width, 4, generator=generator) + torch.randn(height, width, 4, generator=generator)
+    fitted, taught = images[:7], images[7:]
+    scorer = ProbabilisticPcaScorer(4)  # as many dimensions as directions: covariances are known in full
+    scorer.fit([fitted])
+    chosen = torch.rand(3, height, width, generator=generator) < 0.7
+    scorer.teach(taught[chosen], chosen.nonzero()[:, 1:], torch.zeros(int(chosen.sum()), dtype=torch.bool))
+    assert not len(scorer.taught)
+
+    # Place by place, and then block by block.
+    shrinkage = 12 / (12 + 7)
+    units, expected = images @ scorer.unit.T, torch.zeros(10, height, width)
+    scatters, counts = {}, {}
+    centered = {}
+    for row in range(height):
+        for column in range(width):
+            rows = torch.cat([units[:7, row, column], units[7:, row, column][chosen[:, row, column]]])
+            centered[row, column] = units[:, row, column] - rows.mean(dim=0)
+            block = int(scorer.blocks[row, column])
+            around = rows - rows.mean(dim=0)
+            scatters[block] = scatters.get(block, 0) + around.T @ around
+            counts[block] = counts.get(block, 0) + len(rows) - 1
+    for (row, column), deviations in centered.items():
+        block = int(scorer.blocks[row, column])
+        covariance = (1 - shrinkage) * scatters[block] / counts[block] + shrinkage * torch.eye(4)
+        squared = torch.einsum("nz,zy,ny->n", deviations, covariance.inverse(), deviations)
+        expected[:, row, column] = squared.sqrt()
+    torch.testing.assert_close(scorer(images), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_lesson_counts_beside_hundreds_of_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scorer = ProbabilisticPcaScorer(8)
+    scorer.fit([torch.randn(320, 3, 4, 8, generator=generator)])
+    strange = torch.full((1, 8), 9.0)
+    everywhere = strange.expand(1, 3, 4, 8)
+    before = scorer(everywhere)
+    scorer.teach(strange, torch.tensor([[1, 2]]), torch.tensor([False]))
+    after = scorer(everywhere)
+    assert after[0, 1, 2] < 0.5 * before[0, 1, 2]
+    before[0, 1, 2] = after[0, 1, 2] = 0
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
 def test_what_is_taught_is_normal_anywhere_and_nothing_else_changes() -> None:
     images = grids()
     scorer = ProbabilisticPcaScorer(8)
