@@ -63,6 +63,7 @@ def quantize(model: "openvino.Model", images: Iterable[torch.Tensor]) -> "openvi
         calibration,
         preset=nncf.QuantizationPreset.MIXED,  # activations of LeakyReLU are mostly above 0
         subset_size=MAX_CALIBRATION_IMAGES,
+        fast_bias_correction=False,  # the fast one takes up to 0.06 of image AUROC from loose parts
         ignored_scope=_kept_in_floating_point(model),
     )
 
@@ -102,6 +103,7 @@ def quantize_with_accuracy_control(
         max_drop=max_drop,
         preset=nncf.QuantizationPreset.MIXED,
         subset_size=MAX_CALIBRATION_IMAGES,
+        fast_bias_correction=False,  # the fast one takes up to 0.06 of image AUROC from loose parts
         ignored_scope=_kept_in_floating_point(model),
     )
 
