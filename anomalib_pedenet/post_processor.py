@@ -9,6 +9,7 @@ only, nearly all defects become 1.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from anomalib.post_processing import PostProcessor
 from torch import nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+
+from anomalib_pedenet.false_alarms import FalseAlarmThreshold
 
 LIMITS = ("_image_threshold", "_pixel_threshold")
 """Thresholds of anomalib's post-processor, its buffers."""
@@ -150,6 +153,22 @@ class Thresholds(NamedTuple):
 def highest_scores(predictions: InferenceBatch) -> Thresholds:
     """Return the lowest thresholds by which an image is not flagged, nor any of its pixels: its score, and theirs."""
     return Thresholds(float(predictions.pred_score), float(predictions.anomaly_map.max()))
+
+
+def choose_thresholds(
+    good: Sequence[Thresholds], choose: Callable[[Sequence[float]], FalseAlarmThreshold]
+) -> tuple[Thresholds, FalseAlarmThreshold]:
+    """Choose the thresholds of images and of pixels, each by what good images have at most.
+
+    Args:
+        good (Sequence[Thresholds]): :func:`highest_scores` of good images.
+        choose (Callable): Chooses a threshold by scores.
+
+    Returns:
+        tuple[Thresholds, FalseAlarmThreshold]: Both, and what may be expected of that of images.
+    """
+    image, pixel = map(choose, zip(*good, strict=True))
+    return Thresholds(image.threshold, pixel.threshold), image
 
 
 def just_below(score: float) -> float:

@@ -3,6 +3,7 @@
 
 """Thresholds for a wished rate of false alarms, put into a checkpoint."""
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,13 @@ from anomalib_pedenet.aftercare.edits import edit_checkpoint, thresholds_state
 from anomalib_pedenet.aftercare.images import ImageSource
 from anomalib_pedenet.aftercare.inspector import Inspector
 from anomalib_pedenet.false_alarms import FalseAlarmThreshold, choose_threshold
-from anomalib_pedenet.post_processor import Thresholds, highest_scores, just_below, raw_thresholds
+from anomalib_pedenet.post_processor import (
+    Thresholds,
+    choose_thresholds,
+    highest_scores,
+    just_below,
+    raw_thresholds,
+)
 from anomalib_pedenet.training.out_of_fold import score_out_of_fold
 
 
@@ -87,8 +94,7 @@ def calibrate_checkpoint(
     if known:
         held_out = score_out_of_fold(model, known, inspector.model.hparams.bank_stride)
         good += [highest_scores(predictions) for _, predictions in held_out]
-    chosen, of_pixels = (choose_threshold(scores, false_alarm_rate) for scores in zip(*good, strict=True))
-    thresholds = Thresholds(chosen.threshold, of_pixels.threshold)
+    thresholds, chosen = choose_thresholds(good, partial(choose_threshold, rate=false_alarm_rate))
     if known_defects:
         defects = tqdm(inspector.prepared(known_defects), "Scoring known defects", disable=None)
         lowest = map(min, zip(*(highest_scores(model(image)) for image in defects), strict=True))

@@ -16,7 +16,7 @@ from anomalib_pedenet.aftercare.images import ImageSource, as_seen
 from anomalib_pedenet.aftercare.inspector import Inspector
 from anomalib_pedenet.data.normal_images import spread
 from anomalib_pedenet.false_alarms import FalseAlarmThreshold, default_threshold
-from anomalib_pedenet.post_processor import Thresholds, highest_scores
+from anomalib_pedenet.post_processor import choose_thresholds, highest_scores
 from anomalib_pedenet.region import AUTO_ROI, find_roi
 from anomalib_pedenet.training.bank_building import CALIBRATION_IMAGES, fit_scorers
 from anomalib_pedenet.training.out_of_fold import score_out_of_fold
@@ -90,11 +90,11 @@ def mask_checkpoint(
     model.region.set(visible)
     model.calibrate(sample, stride)
     fit_scorers(model, images, sample, stride)
-    scores = [highest_scores(found) for _, found in score_out_of_fold(model, images, stride)]
-    chosen, of_pixels = map(default_threshold, zip(*scores, strict=True))
+    good = [highest_scores(found) for _, found in score_out_of_fold(model, images, stride)]
+    thresholds, chosen = choose_thresholds(good, default_threshold)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items() if not name.startswith(_KEPT)}
     if isinstance(lightning_model.post_processor, PostProcessor):
-        tensors |= thresholds_state(Thresholds(chosen.threshold, of_pixels.threshold))
+        tensors |= thresholds_state(thresholds)
     share = float(visible.float().mean())
     details = {"roi": str(roi), "visible": share, "threshold": chosen.threshold}
     written = edit_checkpoint(ckpt_path, output, "mask", details, tensors, replaced=("model.scorers.",))

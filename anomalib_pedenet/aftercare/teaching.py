@@ -235,9 +235,9 @@ def move_threshold(
     if lowest > threshold:
         if not held_out:
             return threshold
-        between = _score_of(math.sqrt(distance * _distance(lowest)))
+        between = math.sqrt(distance * _distance(lowest))
         wanted = choose_threshold(held_out, _STILL_FLAGGED).threshold
-        return max(threshold, min(wanted, between))
+        return max(threshold, min(wanted, between / (1 + between)))
     lower = just_below(lowest)
     is_near = _distance(lower) >= _LEAST_FALL * distance
     helps = sum(after > lower for _, after in good) < sum(before > threshold for before, _ in good)
@@ -246,18 +246,13 @@ def move_threshold(
 
 def _moved(thresholds: Thresholds, image: float) -> Thresholds:
     """Return thresholds with that of images moved, and that of pixels by as much."""
-    factor = _distance(image) / _distance(thresholds.image)
-    return Thresholds(image, _score_of(factor * _distance(thresholds.pixel)))
+    before, after, pixel = (torch.tensor(value) for value in (thresholds.image, image, thresholds.pixel))
+    return Thresholds(image, float(change_unit(pixel, to=after, at=before)))
 
 
 def _distance(score: float) -> float:
     """Return the distance to what is normal of a score, in units of the highest of normal images."""
     return score / (1 - score)
-
-
-def _score_of(distance: float) -> float:
-    """Return the score of such a distance."""
-    return distance / (1 + distance)
 
 
 def _check_one_size(images: Sequence[Path]) -> None:

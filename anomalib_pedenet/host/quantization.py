@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -61,10 +61,7 @@ def quantize(model: "openvino.Model", images: Iterable[torch.Tensor]) -> "openvi
     return nncf.quantize(
         model,
         calibration,
-        preset=nncf.QuantizationPreset.MIXED,  # activations of LeakyReLU are mostly above 0
-        subset_size=MAX_CALIBRATION_IMAGES,
-        fast_bias_correction=False,  # the fast one takes up to 0.06 of image AUROC from loose parts
-        ignored_scope=_kept_in_floating_point(model),
+        **_settings(model),
     )
 
 
@@ -101,10 +98,7 @@ def quantize_with_accuracy_control(
         nncf.Dataset(batches),
         measure,
         max_drop=max_drop,
-        preset=nncf.QuantizationPreset.MIXED,
-        subset_size=MAX_CALIBRATION_IMAGES,
-        fast_bias_correction=False,  # the fast one takes up to 0.06 of image AUROC from loose parts
-        ignored_scope=_kept_in_floating_point(model),
+        **_settings(model),
     )
 
 
@@ -125,6 +119,18 @@ def halve(model: "openvino.Model") -> "openvino.Model":
         path = Path(folder) / "model.xml"
         openvino.save_model(model, path, compress_to_fp16=True)
         return openvino.Core().read_model(BytesIO(path.read_bytes()), BytesIO(path.with_suffix(".bin").read_bytes()))
+
+
+def _settings(model: "openvino.Model") -> dict[str, Any]:
+    """Return how NNCF is to quantise a model, with and without accuracy control."""
+    import nncf
+
+    return {
+        "preset": nncf.QuantizationPreset.MIXED,  # activations of LeakyReLU are mostly above 0
+        "subset_size": MAX_CALIBRATION_IMAGES,
+        "fast_bias_correction": False,  # the fast one takes up to 0.06 of image AUROC from loose parts
+        "ignored_scope": _kept_in_floating_point(model),
+    }
 
 
 def _kept_in_floating_point(model: "openvino.Model") -> "nncf.IgnoredScope":

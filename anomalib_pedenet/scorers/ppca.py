@@ -102,14 +102,29 @@ class ProbabilisticPcaScorer(PlaceScorer):
         found, vectors = torch.linalg.eigh(unit @ covariances @ unit.T)  # ascending
         shrinkage = _shrinkage(count)
         variances = (1 - shrinkage) * found + shrinkage
-        kept, noise = self.directions.shape[1], self._noise(variances)
+        kept = self.directions.shape[1]
         self.unit, self.means = unit.to(self.unit), means.to(self.unit)
-        self.directions = vectors[..., -kept:].transpose(1, 2).contiguous().to(self.unit)
-        self.scales, self.noise_scales = variances[:, -kept:].rsqrt().to(self.unit), noise.rsqrt().to(self.unit)
+        parts = (part.to(self.unit) for part in self._describe(variances, vectors))
+        self.directions, self.scales, self.noise_scales = parts
         self.blocks, self.num_images = blocks, torch.tensor(count).to(blocks)
         self.taught = self.unit.new_zeros(0, self.embedding_dim)
-        squared = (found[:, -kept:] / variances[:, -kept:]).sum(dim=1) + found[:, :-kept].sum(dim=1) / noise
+        squared = (found[:, -kept:] / variances[:, -kept:]).sum(dim=1) + found[:, :-kept].sum(dim=1) / self._noise(
+            variances
+        )
         return (shares * squared).sum().clamp(min=0).sqrt()
+
+    def _describe(
+        self, variances: torch.Tensor, vectors: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return ``directions``, ``scales`` and ``noise_scales`` of blocks.
+
+        Args:
+            variances (torch.Tensor): In all directions, ascending, ``[G, Z]``.
+            vectors (torch.Tensor): Those directions, ``[G, Z, Z]``, one a column.
+        """
+        kept = self.directions.shape[1]
+        directions = vectors[..., -kept:].transpose(1, 2).contiguous()
+        return directions, variances[:, -kept:].rsqrt(), self._noise(variances).rsqrt()
 
     def _noise(self, variances: torch.Tensor) -> torch.Tensor:
         """Return the variance beyond the directions ``[G]`` of blocks with variances ``[G, Z]``, ascending."""
@@ -179,11 +194,9 @@ class ProbabilisticPcaScorer(PlaceScorer):
         scatters.index_add_(0, block, -total[:, :, None] * units[:, :, None] * units[:, None])
         found, vectors = torch.linalg.eigh(scatters / (fitted + added)[:, None, None])
         variances = (1 - shrinkage) * found.clamp(min=0) + shrinkage
-        kept = self.directions.shape[1]
         self.means = means.index_add(0, chosen, shifts).unflatten(0, self.blocks.shape)
-        self.directions[blocks] = vectors[..., -kept:].transpose(1, 2)
-        self.scales[blocks] = variances[:, -kept:].rsqrt()
-        self.noise_scales[blocks] = self._noise(variances).rsqrt()
+        parts = self._describe(variances, vectors)
+        self.directions[blocks], self.scales[blocks], self.noise_scales[blocks] = parts
 
     def _covariances(self, blocks: torch.Tensor, shrinkage: float) -> torch.Tensor:
         """Return the covariances of some blocks, in units, as far as their directions hold them, ``[G, Z, Z]``."""

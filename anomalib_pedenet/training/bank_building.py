@@ -12,7 +12,7 @@ from tqdm import tqdm
 from anomalib_pedenet.data.normal_images import MIN_TRAINING_IMAGES, TrainingSet, spread
 from anomalib_pedenet.false_alarms import default_threshold
 from anomalib_pedenet.kinds import LOOSE
-from anomalib_pedenet.post_processor import Thresholds, highest_scores
+from anomalib_pedenet.post_processor import Thresholds, choose_thresholds, highest_scores
 from anomalib_pedenet.torch_model import PedenetModel
 from anomalib_pedenet.training.out_of_fold import ImageSet, score_out_of_fold
 
@@ -100,7 +100,7 @@ def fit_scorers(
         model.fit_normal_limit(sample if unseen is None else unseen)
 
 
-def threshold_of_training(
+def thresholds_of_training(
     model: PedenetModel, images: TrainingSet, trained_on: Sequence[int], stride: int, quiet: bool = False
 ) -> Thresholds | None:
     """Choose thresholds by the training images, each scored by what is fitted on others.
@@ -118,14 +118,14 @@ def threshold_of_training(
     if len(trained_on) < MIN_TRAINING_IMAGES:
         return None
     chosen = images.images([trained_on[position] for position in spread(len(trained_on), _THRESHOLD_IMAGES)])
-    scores = [highest_scores(predictions) for _, predictions in score_out_of_fold(model, chosen, stride, quiet)]
-    image, pixel = map(default_threshold, zip(*scores, strict=True))
+    good = [highest_scores(predictions) for _, predictions in score_out_of_fold(model, chosen, stride, quiet)]
+    thresholds, of_images = choose_thresholds(good, default_threshold)
     logger.info(
         "No validation has set thresholds: they are set by %d training images, each scored by what is fitted on "
         "others. Of other good images like these %.1f %% will be called defective on average (%.1f to %.1f %%).",
-        len(scores),
-        100 * image.rate,
-        100 * image.low,
-        100 * image.high,
+        of_images.num_images,
+        100 * of_images.rate,
+        100 * of_images.low,
+        100 * of_images.high,
     )
-    return Thresholds(image.threshold, pixel.threshold)
+    return thresholds

@@ -15,7 +15,7 @@ from anomalib_pedenet.data.normal_images import TrainingSet
 from anomalib_pedenet.loss import share_to_learn
 from anomalib_pedenet.post_processor import lacks_thresholds, reset_metrics, set_thresholds
 from anomalib_pedenet.torch_model import PedenetModel
-from anomalib_pedenet.training.bank_building import build_memory_bank, threshold_of_training
+from anomalib_pedenet.training.bank_building import build_memory_bank, thresholds_of_training
 from anomalib_pedenet.training.held_back import HeldBack
 from anomalib_pedenet.training.preparation import set_region
 from anomalib_pedenet.training.step_guard import running_averages
@@ -89,7 +89,9 @@ class PedenetBankMixin(MemoryBankMixin):
         """Set the thresholds by the training images, each scored by what is fitted on others."""
         images, quiet = self._training_set(), not self.trainer.is_global_zero
         with self._as_scored():
-            found = threshold_of_training(self.model, images, self._trained_on(images), self.hparams.bank_stride, quiet)
+            found = thresholds_of_training(
+                self.model, images, self._trained_on(images), self.hparams.bank_stride, quiet
+            )
         if found is not None:
             set_thresholds(self.post_processor, found)
 
