@@ -23,7 +23,7 @@ from anomalib_pedenet.scorers.position import choose_weight
 from anomalib_pedenet.scoring_model import ScoringModel
 from anomalib_pedenet.tiling import to_tiles
 
-# What lies so far from what is normal, in parts of the limit's distance, is taught with what is flagged.
+# What lies so far from what is normal, in parts of the limit's distance or of the highest one, is taught too.
 _SHARE_OF_LIMIT = 0.5
 
 
@@ -224,11 +224,12 @@ class PedenetModel(ScoringModel):
             images (Iterable[torch.Tensor]): Pre-processed good images ``[B, 3, H, W]``.
             limit (float): Score of a pixel, as :meth:`forward` gives it, above which it is flagged. Patches are taken
                 that cover a pixel more than half as far from what is normal, so that others of the kind are not flagged
-                either, as far as they score higher than a typical one.
+                either, as far as they score higher than a typical one. Where no pixel is flagged, since an image is so
+                by its mean, it is half the distance of the image's highest.
             within (torch.Tensor | None): Where images are good, bool ``[H, W]``. Defaults to ``None``, everywhere.
 
         Returns:
-            dict[int, int]: Number of patches that were taken at each scale; all 0 where nothing scores so high.
+            dict[int, int]: Number of patches that were taken at each scale; all 0 where none is above a typical one.
 
         Raises:
             RuntimeError: If the model is not fitted.
@@ -242,15 +243,18 @@ class PedenetModel(ScoringModel):
         for size in self.scale_shares:
             self.scorers[str(size)].check_teachable()
         taught: dict[int, list[tuple[torch.Tensor, ...]]] = {size: [] for size in self.scale_shares}
-        distance = limit / (1 - limit)
-        for batch in images:
-            found = self(batch).anomaly_map > distance / (distance + 1 / _SHARE_OF_LIMIT)
-            is_abnormal = (found if within is None else found & within).float()
+        for image in (one for batch in images for one in batch.split(1)):
+            scores = self(image).anomaly_map
+            if within is not None:
+                scores = scores * within
+            level = scores.max().clamp(max=limit)
+            distance = level / (1 - level)
+            is_abnormal = (scores > distance / (distance + 1 / _SHARE_OF_LIMIT)).float()
             # In finer steps: on the next image the same thing lies otherwise in the grid of patches.
-            is_finer = batch.shape[-2:].numel() <= STRIP_PIXELS and not self._goes_by_place
+            is_finer = image.shape[-2:].numel() <= STRIP_PIXELS and not self._goes_by_place
             stride = BASE_STRIDE if is_finer else self.stride
-            for size, patches in self.patch_scores(batch, stride):
-                is_covering = max_pool2d(is_abnormal, size, stride)[:, 0] > 0  # [B, h, w]
+            for size, patches in self.patch_scores(image, stride):
+                is_covering = max_pool2d(is_abnormal, size, stride)[:, 0] > 0  # [1, h, w]
                 chosen = is_covering & (patches.scores > 1)
                 is_flagged = patches.scores[chosen] > distance * self.normal_limit
                 taught[size].append((patches.embeddings[chosen], chosen.nonzero()[:, 1:], is_flagged))

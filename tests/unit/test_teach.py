@@ -3,6 +3,8 @@
 
 """A fitted model is taught, and what each scale adds to its map sums up to the map."""
 
+import copy
+
 import pytest
 import torch
 from anomalib.data.utils.tiler import Tiler
@@ -73,10 +75,24 @@ def test_a_mark_is_normal_once_taught_and_another_one_is_not(scorer: str) -> Non
 
 
 @torch.no_grad()
-def test_nothing_is_taken_where_nothing_scores_so_high() -> None:
+def test_an_image_that_is_flagged_by_its_mean_alone_is_taught_by_its_highest_pixels() -> None:
+    model, images = fitted("exact")
+    taught = with_mark(images[:1])
+    highest = float(model(taught).anomaly_map.max())
+    as_if_flagged, by_its_own = copy.deepcopy(model), copy.deepcopy(model)
+    expected = as_if_flagged.teach([taught], limit=highest)
+    assert by_its_own.teach([taught], limit=0.99) == expected  # no pixel scores so high
+    assert min(expected.values()) > 0
+    for name, value in by_its_own.state_dict().items():
+        torch.testing.assert_close(value, as_if_flagged.state_dict()[name], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_nothing_is_taken_from_where_images_are_not_said_to_be_good() -> None:
     model, images = fitted("exact")
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    assert set(model.teach(images.split(1), limit=0.99).values()) == {0}
+    nowhere = torch.zeros(96, 128, dtype=torch.bool)
+    assert set(model.teach([with_mark(images[:1])], limit=0.5, within=nowhere).values()) == {0}
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=0, atol=0)
 
