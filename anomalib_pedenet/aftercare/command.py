@@ -169,7 +169,7 @@ def drift(
     output: str = "drift.png",
     device: str = "cpu",
 ) -> None:
-    """Say whether images are still of the kind that the model was trained on: light, colours, place, kinds of patches.
+    """Say whether images are still of the kind that the model was trained on: scores, light, colours, place, patches.
 
     Some defects among the images do not matter. The command ends with status 1 if the images have changed.
 
@@ -182,7 +182,7 @@ def drift(
     """
     inspector = Inspector(ckpt_path, device)
     known, new = inspector.prepared(training_images), inspector.prepared(images)
-    found = find_drift(inspector.model.model, known, new)
+    found = find_drift(inspector, known, new)
     draw_drift(found, Path(output))
     moved = [one for one in found if one.has_moved]
     for one in moved:

@@ -3,10 +3,11 @@
 
 """Are these still images of the same kind as in training?
 
-A few numbers are taken of each image: its light, colours and sharpness, where its content lies, and how its patches
-spread over kinds of patches. One half of the training images says where content usually lies and which kinds there are.
-Each number is then compared between the other half and the new images by the Kolmogorov-Smirnov test, which compares
-whole distributions: some defects among many images hardly matter, a change of all of them does.
+A few numbers are taken of each image: its score, its light, colours and sharpness, where its content lies, and how its
+patches spread over kinds of patches. One half of the training images says what is normal, where content usually lies
+and which kinds there are. Each number is then compared between the other half and the new images by the
+Kolmogorov-Smirnov test, which compares whole distributions: some defects among many images hardly matter, a change of
+all of them does.
 
 Reference:
     F. J. Massey, "The Kolmogorov-Smirnov test for goodness of fit", J. Am. Stat. Assoc. 46, 1951; S. Rabanser,
@@ -14,6 +15,7 @@ Reference:
     learned representations, with Bonferroni's correction.
 """
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +30,7 @@ from sklearn.cluster import MiniBatchKMeans
 from tqdm import tqdm
 
 from anomalib_pedenet.aftercare.images import PreparedImages, as_seen
+from anomalib_pedenet.aftercare.inspector import Inspector
 from anomalib_pedenet.torch_model import PedenetModel
 
 # How often images of the same kind may be said to have changed: once in a thousand times.
@@ -66,11 +69,11 @@ class Moved(NamedTuple):
 
 
 @torch.no_grad()
-def find_drift(model: PedenetModel, training_images: PreparedImages, new_images: PreparedImages) -> list[Moved]:
+def find_drift(inspector: Inspector, training_images: PreparedImages, new_images: PreparedImages) -> list[Moved]:
     """Compare new images with those that a model was trained on.
 
     Args:
-        model (PedenetModel): A fitted model, without a tiler.
+        inspector (Inspector): The model, without a tiler. It stays as it is.
         training_images (PreparedImages): Images that it was trained on, ten or more.
         new_images (PreparedImages): New images, five or more.
 
@@ -84,6 +87,7 @@ def find_drift(model: PedenetModel, training_images: PreparedImages, new_images:
         if len(images) < least:
             msg = f"To see whether images have changed takes {least} {what} images or more, got {len(images)}."
             raise ValueError(msg)
+    model = inspector.model.model
     if model.tiler is not None:
         msg = "Images are compared as a whole: turn tiling off."
         raise ValueError(msg)
@@ -92,8 +96,12 @@ def find_drift(model: PedenetModel, training_images: PreparedImages, new_images:
     height, width = training_images[0].shape[-2:]
     visible = model.region.pixels((height, width)).cpu().numpy()
     mean_image, kinds = _mean_image(reference, visible), _learn_kinds(model, reference)
+    probe = copy.deepcopy(model)
+    probe.fit(tqdm(reference, "Learning what is normal", disable=None), inspector.model.hparams.bank_stride)
     before, now = (
-        _measure_pixels(images, mean_image, visible) | _measure_patches(model, images, kinds)
+        {"score": np.array([_score(inspector, probe, image) for image in tqdm(images, "Scoring", disable=None)])}
+        | _measure_pixels(images, mean_image, visible)
+        | _measure_patches(model, images, kinds)
         for images in (compared, new_images)
     )
     found = []
@@ -102,6 +110,11 @@ def find_drift(model: PedenetModel, training_images: PreparedImages, new_images:
         p_value = min(1.0, len(before) * float(ks_2samp(values, now[name]).pvalue))
         found.append(Moved(name, values, now[name], p_value))
     return sorted(found, key=lambda moved: moved.p_value)
+
+
+def _score(inspector: Inspector, model: PedenetModel, image: torch.Tensor) -> float:
+    """Return the score of an image by a model that was fitted anew, in the units of the checkpoint's."""
+    return float(inspector.normalize(model(image)).pred_score)
 
 
 def _seen(images: PreparedImages, visible: NDArray[np.bool_], label: str) -> Iterator[NDArray[np.float64]]:

@@ -479,15 +479,19 @@ def with_change(files: list[Path], folder: Path, change: Callable[[np.ndarray, i
     return folder
 
 
-def some_defects(pixels: np.ndarray, index: int) -> np.ndarray:
-    if index < 2:
-        pixels[40:80, 50:90] = 240
+def mark(pixels: np.ndarray, _: int = 0) -> np.ndarray:
+    pixels[40:80, 50:90] = 240
     return pixels
+
+
+def some_defects(pixels: np.ndarray, index: int) -> np.ndarray:
+    return mark(pixels) if index < 2 else pixels
 
 
 CHANGES: dict[str, tuple[Callable[[np.ndarray, int], np.ndarray], str | None]] = {
     "nothing": (lambda pixels, _: pixels, None),
     "two defects among twelve": (some_defects, None),
+    "a mark on each": (mark, "score"),
     "light": (lambda pixels, _: 0.9 * pixels, "brightness"),
     "colour": (lambda pixels, _: pixels * np.array([1.0, 0.93, 1.0]), "red against green"),
     "focus": (lambda pixels, _: (pixels + np.roll(pixels, 1, 0) + np.roll(pixels, 1, 1)) / 3, "sharpness"),
@@ -505,7 +509,7 @@ def test_drift_is_told_from_chance(
     change, expected = CHANGES[case]
     inspector = Inspector(trainings["exact"][1])
     images = inspector.prepared(with_change(many_stripes[28:], tmp_path / "new", change))
-    found = find_drift(inspector.model.model, inspector.prepared(many_stripes[:28]), images)
+    found = find_drift(inspector, inspector.prepared(many_stripes[:28]), images)
     moved = [one.name for one in found if one.has_moved]
     assert any(expected in name for name in moved) if expected else not moved
     draw_drift(found, tmp_path / "drift.png")
@@ -522,11 +526,11 @@ def test_what_is_hidden_has_not_drifted(
     model = Inspector(trainings["exact"][1])
     new = model.prepared(with_change(many_stripes[28:], tmp_path / "new", darker_at_the_right))
     known = model.prepared(many_stripes[:28])
-    assert any(one.has_moved for one in find_drift(model.model.model, known, new))
+    assert any(one.has_moved for one in find_drift(model, known, new))
     visible = torch.zeros(144, 160, dtype=torch.bool)
     visible[:, :80] = True
     model.model.model.region.set(visible)
-    assert not any(one.has_moved for one in find_drift(model.model.model, known, new))
+    assert not any(one.has_moved for one in find_drift(model, known, new))
 
 
 def test_a_shifted_part_has_drifted(trainings: dict[str, tuple[Engine, Path]], tmp_path: Path) -> None:
@@ -539,7 +543,7 @@ def test_a_shifted_part_has_drifted(trainings: dict[str, tuple[Engine, Path]], t
     files = sorted((tmp_path / "parts").iterdir())
     inspector = Inspector(trainings["exact"][1])
     shifted = with_change(files[24:], tmp_path / "shifted", lambda pixels, _: np.roll(pixels, 2, axis=1))
-    found = find_drift(inspector.model.model, inspector.prepared(files[:24]), inspector.prepared(shifted))
+    found = find_drift(inspector, inspector.prepared(files[:24]), inspector.prepared(shifted))
     (place,) = [one for one in found if one.name == "place, right (px)"]
     assert place.has_moved
     assert np.median(place.now) - np.median(place.before) == pytest.approx(2, abs=0.15)
