@@ -6,7 +6,8 @@
 Patches lie on a grid, in steps of the stride. The mean over those that cover a pixel would change from one pixel to the
 next at each step and be constant between, so that the map would look like a mosaic. So patches are weighed by how much
 of a window around the pixel they cover, as wide as a step: then the map changes evenly. At the finest stride, the
-paper's, both are the same but for a pixel or two.
+paper's, both are the same but for a pixel or two. A map is sharper if a patch covers no more than the pixels in its
+middle.
 
 On a regular grid of square patches this is separable: ``map = A_h @ scores @ A_w.T`` with one small averaging matrix
 for each axis. It takes a few million multiplications for a 256x256 image at the finest stride, and exports as two
@@ -14,13 +15,14 @@ matrix products.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from anomalib_pedenet.patches import grid_size
 
 Combination = Literal["auto", "product", "mean"]
+JoinWay = Literal["soft maximum", "product", "mean"]
 
 # Least spread of normal images' highest scores, as a fraction of that of all their pixels' scores.
 _LEAST_SPREAD = 0.05
@@ -32,6 +34,7 @@ def averaging_matrix(
     stride: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
+    reach: float = 1.0,
 ) -> torch.Tensor:
     """Return the matrix that averages patch scores over the patches that cover each pixel of one axis, and its window.
 
@@ -41,12 +44,14 @@ def averaging_matrix(
         stride (int): Distance between neighbouring patches in pixels.
         dtype (torch.dtype): Type of the result.
         device (torch.device | None): Device of the result.
+        reach (float): Part of a patch's side, around its middle, that the patch is taken to cover, above 0. Defaults to
+            ``1.0``, all of it.
 
     Returns:
         torch.Tensor: ``[H, h]`` for h patches along the axis, each row summing to 1: in proportion to how much of the
-            pixel's window, ``stride`` wide with the pixel in its middle, a patch covers. Pixels beyond the last patch
-            (fewer than ``stride``, where the stride does not divide ``size - patch_size``) have the row of the last
-            covered pixel.
+            pixel's window, ``stride`` wide with the pixel in its middle, a patch covers. Pixels that are not covered,
+            at the edges, have the row of the nearest that is: fewer than ``stride`` where the stride does not divide
+            ``size - patch_size``, and more where patches cover their middle alone.
 
     Raises:
         ValueError: If the image is smaller than a patch.
@@ -62,15 +67,19 @@ def averaging_matrix(
         tensor([1.0000, 0.8750, 0.6250, 0.3750, 0.1250, 0.0000])
     """
     count = grid_size((size, size), patch_size, stride)[0]
-    starts = torch.arange(count, device=device) * stride  # [h]
-    last_covered = (count - 1) * stride + patch_size - 1
-    centers = torch.arange(size, device=device).clamp(max=last_covered)[:, None] + 0.5  # [H, 1]
-    stops = torch.minimum(centers + stride / 2, starts + patch_size)
+    side = reach * patch_size
+    margin = (patch_size - side) / 2
+    starts = torch.arange(count, device=device) * stride + margin  # [h]
+    first, last = margin + 0.5, (count - 1) * stride + margin + side - 0.5
+    centers = (torch.arange(size, device=device) + 0.5).clamp(first, last)[:, None]  # [H, 1]
+    stops = torch.minimum(centers + stride / 2, starts + side)
     covered = (stops - torch.maximum(centers - stride / 2, starts)).clamp(min=0).to(dtype)  # [H, h]
     return covered / covered.sum(dim=1, keepdim=True)
 
 
-def scores_to_map(scores: torch.Tensor, image_size: tuple[int, int], patch_size: int, stride: int) -> torch.Tensor:
+def scores_to_map(
+    scores: torch.Tensor, image_size: tuple[int, int], patch_size: int, stride: int, reach: float = 1.0
+) -> torch.Tensor:
     """Turn patch scores into pixel scores: the mean over the patches that cover each pixel, see the module.
 
     Args:
@@ -78,6 +87,7 @@ def scores_to_map(scores: torch.Tensor, image_size: tuple[int, int], patch_size:
         image_size (tuple[int, int]): Height and width of the images in pixels.
         patch_size (int): Side of a patch in pixels.
         stride (int): Distance between neighbouring patches in pixels.
+        reach (float): See :func:`averaging_matrix`. Defaults to ``1.0``.
 
     Returns:
         torch.Tensor: Pixel scores ``[B, 1, H, W]`` in the unit of the patch scores.
@@ -90,7 +100,7 @@ def scores_to_map(scores: torch.Tensor, image_size: tuple[int, int], patch_size:
         msg = f"Scores of a {image_size} image at stride {stride} must be {expected}, got {tuple(scores.shape[-2:])}."
         raise ValueError(msg)
     rows, columns = (
-        averaging_matrix(int(size), patch_size, stride, scores.dtype, scores.device) for size in image_size
+        averaging_matrix(int(size), patch_size, stride, scores.dtype, scores.device, reach) for size in image_size
     )
     return (rows @ scores @ columns.T)[:, None]
 
@@ -148,6 +158,39 @@ def soft_maximum(
     # Where all scores are 0 it is at least -min(offsets / units).
     joined = torch.logsumexp(torch.stack(measure_maps(maps, offsets, spreads, weights)), dim=0)
     return joined + (offsets / units).max()
+
+
+class Join(NamedTuple):
+    """How the anomaly maps of several scales become one.
+
+    Attributes:
+        way (JoinWay): ``"soft maximum"``, see :func:`soft_maximum`, or one of :func:`combine_maps`.
+        weights (list[float]): How much each scale counts, above 0.
+        offsets (torch.Tensor): For the soft maximum, see there, ``[S]``.
+        spreads (torch.Tensor): Likewise.
+    """
+
+    way: JoinWay
+    weights: list[float]
+    offsets: torch.Tensor
+    spreads: torch.Tensor
+
+    def __call__(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the map ``[B, 1, H, W]`` of those of the scales."""
+        if self.way == "soft maximum":
+            return soft_maximum(maps, self.offsets, self.spreads, self.weights)
+        return combine_maps(maps, self.weights, self.way)
+
+    def parts(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return what each scale adds to the map, comparable between scales, each of the shape of its map.
+
+        They are the exponents of the soft maximum, the logarithms of the factors of a product, or the terms of a sum.
+        """
+        if self.way == "soft maximum":
+            return measure_maps(maps, self.offsets, self.spreads, self.weights)
+        least = torch.finfo(torch.float32).tiny
+        units = maps if self.way == "mean" else [scores.clamp(min=least).log() for scores in maps]
+        return [weight * scores for weight, scores in zip(self.weights, units, strict=True)]
 
 
 def image_scores(anomaly_map: torch.Tensor, has_extent: bool, visible: torch.Tensor | float = 1.0) -> torch.Tensor:

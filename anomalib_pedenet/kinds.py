@@ -27,6 +27,9 @@ class Kind:
         is_relative (bool): Whether each image's own mean is taken away before that.
         kept (float): Part of the whitened directions that is scored, those in which normal embeddings vary most.
         has_extent (bool): Whether images are scored by how much of them is abnormal, too, or by the worst pixel alone.
+        reach (float): Part of a patch's side, around its middle, whose pixels have the patch's score.
+        fineness (float): How much more fine scales count in the map. One of patches with a side of s counts
+            ``(finest / s) ** fineness`` of what it does in images' scores, in which all count alike.
     """
 
     name: str
@@ -37,14 +40,18 @@ class Kind:
     is_relative: bool = False
     kept: float = 1.0
     has_extent: bool = False
+    reach: float = 1.0
+    fineness: float = 0.0
 
     def scored_dimension(self, dimension: int) -> int:
         """Return how many directions of embeddings of a dimension are scored."""
         return math.ceil(self.kept * dimension)
 
 
-ALIGNED = Kind("aligned parts", "ppca", is_soft_maximum=False, has_extent=True)
-LOOSE = Kind("loose parts", "exact", is_soft_maximum=True, is_whitened=True, kept=0.75, has_extent=True)
+# Small patches show best where a part's defect is, and if parts do not turn, the middle of all patches does. On a
+# surface large patches alone may see it.
+ALIGNED = Kind("aligned parts", "ppca", is_soft_maximum=False, has_extent=True, reach=0.5, fineness=1.0)
+LOOSE = Kind("loose parts", "exact", is_soft_maximum=True, is_whitened=True, kept=0.75, has_extent=True, fineness=0.5)
 SURFACE = Kind(
     "a surface",
     "gaussian_mixture",
@@ -54,9 +61,11 @@ SURFACE = Kind(
     is_relative=True,
     kept=0.75,
     has_extent=True,
+    reach=0.75,
 )
 
-_BY_WORST_PIXEL = tuple(replace(kind, has_extent=False) for kind in (ALIGNED, LOOSE, SURFACE))
+_BLURRED = tuple(replace(kind, reach=1.0, fineness=0.0) for kind in (ALIGNED, LOOSE, SURFACE))
+_BY_WORST_PIXEL = tuple(replace(kind, has_extent=False) for kind in _BLURRED)
 
 KINDS = (
     Kind("no aligned parts", "gaussian_mixture", is_soft_maximum=True),
@@ -65,6 +74,7 @@ KINDS = (
     replace(_BY_WORST_PIXEL[1], kept=1.0),
     replace(_BY_WORST_PIXEL[2], is_relative=False, kept=1.0),
     *_BY_WORST_PIXEL[1:],
+    *_BLURRED,
     ALIGNED,
     LOOSE,
     SURFACE,

@@ -17,14 +17,7 @@ from anomalib.data import InferenceBatch
 from anomalib.data.utils.tiler import Tiler
 from torch import nn
 
-from anomalib_pedenet.anomaly_map import (
-    Combination,
-    combine_maps,
-    image_scores,
-    measure_maps,
-    scores_to_map,
-    soft_maximum,
-)
+from anomalib_pedenet.anomaly_map import Combination, Join, JoinWay, image_scores, scores_to_map
 from anomalib_pedenet.dense_embedding import embed_images
 from anomalib_pedenet.kinds import AUTO_SCORER, KINDS, LOOSE, Kind, kind_of_number
 from anomalib_pedenet.networks import (
@@ -205,9 +198,20 @@ class ScoringModel(nn.Module):
 
     @property
     def scale_shares(self) -> dict[int, float]:
-        """The scored sizes that count, and how much each does."""
+        """The scored sizes that count, and how much each does in images' scores."""
         weights = zip(self.scored_sizes, self._scale_weights, strict=True)
         return {size: weight for size, weight in weights if weight > 0}
+
+    @property
+    def map_shares(self) -> dict[int, float]:
+        """The same, and how much each counts in the map: fine ones more, if the kind of images is such."""
+        shares, fineness = self.scale_shares, 0.0 if self.kind is None else self.kind.fineness
+        return {size: share * (min(shares) / size) ** fineness for size, share in shares.items()}
+
+    @property
+    def reach(self) -> float:
+        """Part of a patch's side, around its middle, whose pixels have the patch's score."""
+        return 1.0 if self.kind is None else self.kind.reach
 
     def get_extra_state(self) -> torch.Tensor:
         """Return the scales' weights, and the number of the images' kind (0 without one), ``[S + 1]``."""
@@ -303,23 +307,15 @@ class ScoringModel(nn.Module):
             yield size, PatchScores(embeddings, scorer(embeddings) / scorer.typical_score)
 
     def contributions(self, maps: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Return what each scale adds to the anomaly map, comparable between scales.
+        """Return what each scale adds to the anomaly map, see :meth:`anomalib_pedenet.anomaly_map.Join.parts`.
 
         Args:
             maps (Mapping[int, torch.Tensor]): Map of each scale that counts, ``[B, 1, H, W]``.
 
         Returns:
-            dict[int, torch.Tensor]: By scale, of the shape of its map: the exponents of the soft maximum, the
-                logarithms of the factors of a product, or the terms of a sum.
+            dict[int, torch.Tensor]: By scale, of the shape of its map.
         """
-        shares = self.scale_shares
-        if self._is_soft_maximum:
-            measured = measure_maps(list(maps.values()), *self._soft_maximum_state())
-            return dict(zip(maps, measured, strict=True))
-        if self.combination == "mean":
-            return {size: shares[size] * scores for size, scores in maps.items()}
-        least = torch.finfo(torch.float32).tiny
-        return {size: shares[size] * scores.clamp(min=least).log() for size, scores in maps.items()}
+        return dict(zip(maps, self._join_of(self.map_shares).parts(list(maps.values())), strict=True))
 
     def _score(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the maps ``[B, 1, H, W]`` and scores ``[B]`` of images, in units of a normal patch's typical score."""
@@ -329,9 +325,12 @@ class ScoringModel(nn.Module):
         self, maps: list[torch.Tensor], weights: list[torch.Tensor | None], size: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the maps and scores of images of some height and width from what their tiles have at each scale."""
-        anomaly_map = from_tiles(self.combine(maps), size, self.tiler)
-        has_extent = self.kind is not None and self.kind.has_extent
-        pred_score = image_scores(anomaly_map, has_extent, self.region.share((size[0], size[1])))
+        shares = [self.map_shares]
+        if self.map_shares != self.scale_shares:
+            shares.append(self.scale_shares)
+        joined = [from_tiles(self.combine(maps, of_scale), size, self.tiler) for of_scale in shares]
+        anomaly_map, has_extent = joined[0], self.kind is not None and self.kind.has_extent
+        pred_score = image_scores(joined[-1], has_extent, self.region.share((size[0], size[1])))
         given = [weight for weight in weights if weight is not None]
         if given:
             pred_score = pred_score * torch.stack(given).mean(dim=0)
@@ -341,31 +340,33 @@ class ScoringModel(nn.Module):
         """Return the map ``[B, 1, h, w]`` of each scale that counts, and its scorer's factors for images, if any."""
         maps, weights = [], []
         for size, patches in self.patch_scores(tiles):
-            maps.append(scores_to_map(patches.scores, tiles.shape[-2:], size, self.stride))
+            maps.append(self.scale_map(patches.scores, tiles.shape[-2:], size))
             weights.append(self.scorers[str(size)].image_weights(*patches) if self.tiler is None else None)
         return maps, weights
 
-    def combine(self, maps: list[torch.Tensor]) -> torch.Tensor:
+    def scale_map(self, scores: torch.Tensor, image_size: tuple[int, int], patch_size: int) -> torch.Tensor:
+        """Return the map ``[B, 1, H, W]`` of a scale, see :func:`anomalib_pedenet.anomaly_map.scores_to_map`."""
+        return scores_to_map(scores, image_size, patch_size, self.stride, self.reach)
+
+    def combine(self, maps: list[torch.Tensor], shares: Mapping[int, float] | None = None) -> torch.Tensor:
         """Join the maps of the scales that count.
 
         Args:
             maps (list[torch.Tensor]): Map of each scale that counts, ``[B, 1, H, W]``.
+            shares (Mapping[int, float] | None): How much each counts. Defaults to ``None``, :attr:`map_shares`.
 
         Returns:
             torch.Tensor: One map of the same shape, in units of a normal patch's typical score; 0 where hidden.
         """
-        if self._is_soft_maximum:
-            joined = soft_maximum(maps, *self._soft_maximum_state()) / self.typical_score
-        else:
-            shares = list(self.scale_shares.values())
-            joined = combine_maps(maps, shares, "mean" if self.combination == "mean" else "product")
-        return self.region.clear(joined)
+        joined = self._join_of(shares or self.map_shares)(maps)
+        return self.region.clear(joined / self.typical_score if self._is_soft_maximum else joined)
 
-    def _soft_maximum_state(self) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-        """Return offsets, spreads and weights of the scales that count."""
-        shares = self.scale_shares
+    def _join_of(self, shares: Mapping[int, float]) -> Join:
+        """Return how the maps of the scales that count are joined, if each counts so much."""
         used = [self.scored_sizes.index(size) for size in shares]
-        return self.map_offsets[used], self.map_spreads[used], list(shares.values())
+        joined = "product" if self.combination == "auto" else self.combination
+        way: JoinWay = "soft maximum" if self._is_soft_maximum else joined
+        return Join(way, list(shares.values()), self.map_offsets[used], self.map_spreads[used])
 
     @property
     def _goes_by_place(self) -> bool:

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from anomalib_pedenet.aftercare.images import PreparedImages, as_seen
 from anomalib_pedenet.aftercare.inspection import Box, Explanation
-from anomalib_pedenet.anomaly_map import scores_to_map
 from anomalib_pedenet.data.normal_images import spread
 from anomalib_pedenet.torch_model import PedenetModel
 
@@ -91,14 +90,15 @@ class NormalPatches:
         """Return scale, place and embedding ``[Z]`` of the patch that the hottest pixel is owed to most."""
         stride = self._model.stride
         patches = dict(self._model.patch_scores(image))
-        maps = {size: scores_to_map(found.scores, image.shape[-2:], size, stride) for size, found in patches.items()}
+        maps = {size: self._model.scale_map(found.scores, image.shape[-2:], size) for size, found in patches.items()}
         parts = self._model.contributions(maps)
         hottest = int(self._model.combine(list(maps.values())).flatten().argmax())
         pixel = divmod(hottest, image.shape[-1])
         size = max(parts, key=lambda scale: float(parts[scale].flatten()[hottest]))
         scores = patches[size].scores[0]
         # Of the patches that cover the pixel, the most abnormal one.
-        rows, columns = (_covering(*axis, size, stride) for axis in zip(pixel, scores.shape, strict=True))
+        reach = self._model.reach
+        rows, columns = (_covering(*axis, size, stride, reach) for axis in zip(pixel, scores.shape, strict=True))
         place = int(scores[rows, columns].flatten().argmax())
         row = rows.start + place // (columns.stop - columns.start)
         column = columns.start + place % (columns.stop - columns.start)
@@ -135,8 +135,10 @@ class NormalPatches:
         return self._usual[size]
 
 
-def _covering(pixel: int, count: int, size: int, stride: int) -> slice:
-    """Return which of ``count`` patches along an axis cover a pixel; the nearest one if none does."""
-    last = min(count - 1, pixel // stride)
-    first = max(0, -(-(pixel - size + 1) // stride))
-    return slice(min(first, last), last + 1)
+def _covering(pixel: int, count: int, size: int, stride: int, reach: float) -> slice:
+    """Return which of ``count`` patches along an axis cover a pixel by their middle; the nearest one if none does."""
+    margin = round(size * (1 - reach) / 2)
+    last = (pixel - margin) // stride
+    first = -(-(pixel - size + margin + 1) // stride)
+    start, stop = (min(max(index, 0), count - 1) for index in (min(first, last), last))
+    return slice(start, stop + 1)

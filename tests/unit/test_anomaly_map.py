@@ -90,6 +90,20 @@ def test_is_the_papers_mean_seen_through_a_window_of_a_step(patch_size: int, str
     torch.testing.assert_close(found[inner], expected[inner])
 
 
+@settings(max_examples=30, deadline=None)
+@given(height=st.integers(24, 40), width=st.integers(24, 40), quarter=st.integers(1, 6), stride=st.integers(1, 12))
+def test_the_middle_of_a_patch_counts_as_a_smaller_patch_there(
+    height: int, width: int, quarter: int, stride: int
+) -> None:
+    size, generator = 4 * quarter, torch.Generator().manual_seed(0)
+    scores = torch.rand(1, *grid_size((height, width), size, stride), dtype=torch.float64, generator=generator)
+    found = scores_to_map(scores, (height, width), size, stride, reach=0.5)
+    smaller = scores_to_map(scores, (height - 2 * quarter, width - 2 * quarter), size // 2, stride)
+    # The frame around it repeats its edge.
+    expected = torch.nn.functional.pad(smaller, (quarter, quarter, quarter, quarter), mode="replicate")
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_map_changes_evenly() -> None:
     scores = torch.rand(1, 29, 29, generator=torch.Generator().manual_seed(0))
     result = scores_to_map(scores, (256, 256), patch_size=32, stride=8)[0, 0]

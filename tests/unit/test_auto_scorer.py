@@ -61,12 +61,17 @@ def test_aligned_parts_are_compared_by_place_and_all_scales_are_multiplied() -> 
     assert all(isinstance(scorer, ProbabilisticPcaScorer) for scorer in model.scorers.values())
     assert model.scale_shares == pytest.approx({16: 1.0, 24: 1.0, 32: 0.7, 64: 0.9})
     image = aligned(7)[6:]
-    maps = [
-        scores_to_map(patches.scores, (96, 128), size, 8) ** (model.scale_shares[size] / 3.6)
-        for size, patches in model.patch_scores(image)
-    ]
-    joined = torch.stack(maps).prod(dim=0)
-    torch.testing.assert_close(model(image).anomaly_map, joined / (joined + model.normal_limit), rtol=1e-4, atol=1e-5)
+    log_map, log_image_map = torch.zeros(1, 1, 96, 128), torch.zeros(1, 1, 96, 128)
+    in_map = {16: 1.0, 24: 16 / 24, 32: 0.7 * 16 / 32, 64: 0.9 * 16 / 64}  # fine scales count more
+    for size, patches in model.patch_scores(image):
+        of_scale = scores_to_map(patches.scores, (96, 128), size, 8, reach=0.5).log()
+        log_map += in_map[size] / sum(in_map.values()) * of_scale
+        log_image_map += model.scale_shares[size] / 3.6 * of_scale
+    joined, for_image = log_map.exp(), log_image_map.exp()
+    score = (for_image.max() * for_image.mean()).sqrt()
+    found = model(image)
+    torch.testing.assert_close(found.anomaly_map, joined / (joined + model.normal_limit), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.pred_score, (score / (score + model.image_limit))[None], rtol=1e-4, atol=1e-5)
 
 
 def test_loose_parts_are_compared_with_whitened_rows_of_a_bank() -> None:
@@ -81,6 +86,25 @@ def test_loose_parts_are_compared_with_whitened_rows_of_a_bank() -> None:
         assert rows.mean(dim=0).abs().max() < 1e-3
         assert rows.var(dim=0).max() < 1.01
         assert rows.var(dim=0).median() > 0.2
+    assert model.map_shares == pytest.approx({16: 1.0, 24: (16 / 24) ** 0.5, 32: 0.7 * 0.5**0.5, 64: 0.9 * 0.5})
+    image = loose(9)[8:]
+    maps = [scores_to_map(patches.scores, (96, 128), size, 8) for size, patches in model.patch_scores(image)]
+    parts = zip(maps, model.map_offsets, model.map_spreads, strict=True)
+    units = [(scores - offset) / spread for scores, offset, spread in parts]
+    found = model(image)
+    for shares, limit, is_of_image in (
+        (model.map_shares, model.normal_limit, False),
+        (model.scale_shares, model.image_limit, True),
+    ):
+        lift = max(
+            share * float(offset / spread)
+            for share, offset, spread in zip(shares.values(), model.map_offsets, model.map_spreads, strict=True)
+        )
+        total = torch.stack([(share * unit).exp() for share, unit in zip(shares.values(), units, strict=True)]).sum(0)
+        joined = (total.log() + lift) / model.typical_score
+        distance = (joined.max() * joined.mean()).sqrt()[None] if is_of_image else joined
+        given_out = found.pred_score if is_of_image else found.anomaly_map
+        torch.testing.assert_close(given_out, distance / (distance + limit), rtol=1e-3, atol=1e-4)
 
 
 def test_surfaces_are_compared_with_a_mixture_after_the_means_of_image_and_place() -> None:
@@ -88,6 +112,7 @@ def test_surfaces_are_compared_with_a_mixture_after_the_means_of_image_and_place
     assert model.kind is SURFACE
     assert all(isinstance(scorer, GaussianMixtureScorer) for scorer in model.scorers.values())
     assert model.scale_shares == pytest.approx({16: 1.0, 24: 1.0, 32: 0.7, 64: 0.9})
+    assert model.map_shares == model.scale_shares
     for _, patches in model.patch_scores(surface()):
         of_image = patches.embeddings.mean(dim=(1, 2))
         assert of_image.shape == (6, 48)  # three quarters of 64 directions
@@ -135,7 +160,7 @@ def test_the_map_is_the_soft_maximum_of_the_scales_one_by_one() -> None:
         grid = torch.einsum("yz,bzhw->byhw", whitening.components, grid - whitening.mean)
         scorer = model.scorers[str(size)]
         scores = scorer(grid.permute(0, 2, 3, 1)) / scorer.typical_score
-        return scores_to_map(scores, (96, 128), size, 8).detach()
+        return scores_to_map(scores, (96, 128), size, 8, reach=0.75).detach()
 
     total, lift, normals = torch.zeros(1, 1, 96, 128), 0.0, torch.zeros(6, 1, 96, 128)
     for size, weight in model.scale_shares.items():
@@ -229,10 +254,11 @@ def test_all_kinds_that_checkpoints_may_hold_score_as_they_did(number: int) -> N
     assert [kind.is_whitened for kind in KINDS[:5]] == [False, False, False, True, True]
     assert [kind.has_means for kind in KINDS[:5]] == [False, False, False, False, True]
     assert all(kind.kept == 1 and not kind.is_relative for kind in KINDS[:5])
-    # The latter two with fewer directions; and now all three with another score of images.
-    assert [replace(kind, has_extent=False) for kind in (LOOSE, SURFACE)] == list(KINDS[5:7])
-    assert KINDS[2:7] == tuple(replace(kind, has_extent=False) for kind in KINDS[2:7])
-    assert KINDS[7:] == (ALIGNED, LOOSE, SURFACE)
+    # The latter two with fewer directions; all three with another score of images; and now with sharper maps.
+    assert KINDS[10:] == (ALIGNED, LOOSE, SURFACE)
+    assert KINDS[7:10] == tuple(replace(kind, reach=1.0, fineness=0.0) for kind in KINDS[10:])
+    assert KINDS[5:7] == tuple(replace(kind, has_extent=False) for kind in KINDS[8:10])
+    assert KINDS[2:7] == tuple(replace(kind, has_extent=False, reach=1.0, fineness=0.0) for kind in KINDS[2:7])
     of_scorer = {"ppca": 64, "exact": 66, "gaussian_mixture": 64}[KINDS[number].scorer]
     assert dimensions == {of_scorer - 16 * (KINDS[number].kept < 1)}
 

@@ -46,10 +46,10 @@ def test_what_scales_add_sums_up_to_the_map(scorer: str, combination: str) -> No
     parts = torch.stack(list(model.contributions(maps).values()))
     shares = sum(model.scale_shares.values())
     if combination == "auto":
-        offsets, spreads, weights = model._soft_maximum_state()
-        expected = (torch.logsumexp(parts, dim=0) + (offsets / spreads * torch.tensor(weights)).max()) / (
-            model.typical_score
-        )
+        weights = torch.tensor(list(model.map_shares.values()))
+        used = [model.scored_sizes.index(size) for size in model.map_shares]
+        lift = (model.map_offsets / model.map_spreads)[used] * weights
+        expected = (torch.logsumexp(parts, dim=0) + lift.max()) / model.typical_score
     else:
         expected = (parts.sum(dim=0) / shares).exp() if combination == "product" else parts.sum(dim=0) / shares
     joined = model.combine(list(maps.values()))
