@@ -67,7 +67,7 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
     prediction) and to make its embeddings dense under a Gaussian mixture (density estimation). A patch is scored by how
     far its embedding is from those of the normal images: from those of its place where parts are aligned, from the
     nearest one in a memory bank where parts lie loosely, and by a mixture of Gaussians on surfaces. A pixel is scored
-    by the mean over the patches that cover it, an image by its highest pixel.
+    by the mean over the patches whose middle covers it, an image by its highest pixel and the mean of all.
 
     Args:
         image_size (tuple[int, int]): Height and width in pixels to which images are resized. Keep the aspect ratio of

@@ -267,7 +267,7 @@ class ScoringModel(nn.Module):
             images (torch.Tensor): Pre-processed images ``[B, 3, H, W]``, at least as large as a patch.
 
         Returns:
-            InferenceBatch: ``anomaly_map [B, 1, H, W]``, the mean score of the patches covering each pixel, and
+            InferenceBatch: ``anomaly_map [B, 1, H, W]``, the mean score of the patches at each pixel, and
                 ``pred_score [B]``, that of :func:`anomalib_pedenet.anomaly_map.image_scores` (times a weight, if the
                 scorer has one for images). Both are ``s / (s + limit)`` for the limit of pixels and of images, so
                 from 0 to below 1, and 0.5 for the highest score of normal ones.
