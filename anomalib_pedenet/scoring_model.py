@@ -325,12 +325,11 @@ class ScoringModel(nn.Module):
         self, maps: list[torch.Tensor], weights: list[torch.Tensor | None], size: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the maps and scores of images of some height and width from what their tiles have at each scale."""
-        shares = [self.map_shares]
+        anomaly_map = image_map = from_tiles(self.combine(maps), size, self.tiler)
         if self.map_shares != self.scale_shares:
-            shares.append(self.scale_shares)
-        joined = [from_tiles(self.combine(maps, of_scale), size, self.tiler) for of_scale in shares]
-        anomaly_map, has_extent = joined[0], self.kind is not None and self.kind.has_extent
-        pred_score = image_scores(joined[-1], has_extent, self.region.share((size[0], size[1])))
+            image_map = from_tiles(self.combine(maps, self.scale_shares), size, self.tiler)
+        has_extent = self.kind is not None and self.kind.has_extent
+        pred_score = image_scores(image_map, has_extent, self.region.share((size[0], size[1])))
         given = [weight for weight in weights if weight is not None]
         if given:
             pred_score = pred_score * torch.stack(given).mean(dim=0)
