@@ -99,7 +99,7 @@ def find_drift(inspector: Inspector, training_images: PreparedImages, new_images
     probe = copy.deepcopy(model)
     probe.fit(tqdm(reference, "Learning what is normal", disable=None), inspector.model.hparams.bank_stride)
     before, now = (
-        {"score": np.array([_score(inspector, probe, image) for image in tqdm(images, "Scoring", disable=None)])}
+        _measure_scores(inspector, probe, images)
         | _measure_pixels(images, mean_image, visible)
         | _measure_patches(model, images, kinds)
         for images in (compared, new_images)
@@ -112,9 +112,10 @@ def find_drift(inspector: Inspector, training_images: PreparedImages, new_images
     return sorted(found, key=lambda moved: moved.p_value)
 
 
-def _score(inspector: Inspector, model: PedenetModel, image: torch.Tensor) -> float:
-    """Return the score of an image by a model that was fitted anew, in the units of the checkpoint's."""
-    return float(inspector.normalize(model(image)).pred_score)
+def _measure_scores(inspector: Inspector, model: PedenetModel, images: PreparedImages) -> Vectors:
+    """Measure the score, by a model that was fitted anew, in the units of the checkpoint's."""
+    found = (inspector.normalize(model(image)).pred_score for image in tqdm(images, "Scoring", disable=None))
+    return {"score": np.array([float(score) for score in found])}
 
 
 def _seen(images: PreparedImages, visible: NDArray[np.bool_], label: str) -> Iterator[NDArray[np.float64]]:
