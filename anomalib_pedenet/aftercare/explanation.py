@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from anomalib_pedenet.aftercare.images import PreparedImages, as_seen
 from anomalib_pedenet.aftercare.inspection import Box, Explanation
+from anomalib_pedenet.anomaly_map import averaging_matrix
 from anomalib_pedenet.data.normal_images import spread
 from anomalib_pedenet.torch_model import PedenetModel
 
@@ -97,8 +98,8 @@ class NormalPatches:
         size = max(parts, key=lambda scale: float(parts[scale].flatten()[hottest]))
         scores = patches[size].scores[0]
         # Of the patches that cover the pixel, the most abnormal one.
-        reach = self._model.reach
-        rows, columns = (_covering(*axis, size, stride, reach) for axis in zip(pixel, scores.shape, strict=True))
+        sides, reach = image.shape[-2:], self._model.reach
+        rows, columns = (_covering(*axis, size, stride, reach) for axis in zip(pixel, sides, strict=True))
         place = int(scores[rows, columns].flatten().argmax())
         row = rows.start + place // (columns.stop - columns.start)
         column = columns.start + place % (columns.stop - columns.start)
@@ -135,10 +136,7 @@ class NormalPatches:
         return self._usual[size]
 
 
-def _covering(pixel: int, count: int, size: int, stride: int, reach: float) -> slice:
-    """Return which of ``count`` patches along an axis cover a pixel by their middle; the nearest one if none does."""
-    margin = round(size * (1 - reach) / 2)
-    last = (pixel - margin) // stride
-    first = -(-(pixel - size + margin + 1) // stride)
-    start, stop = (min(max(index, 0), count - 1) for index in (min(first, last), last))
-    return slice(start, stop + 1)
+def _covering(pixel: int, side: int, size: int, stride: int, reach: float) -> slice:
+    """Return which patches along an axis of an image's side a pixel's score is the mean of."""
+    covering = averaging_matrix(side, size, stride, reach=reach)[pixel].nonzero()
+    return slice(int(covering[0]), int(covering[-1]) + 1)
