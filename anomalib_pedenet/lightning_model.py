@@ -103,7 +103,7 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
             training images; below 1, as a fraction of them (0.1: a tenth). Memory, export size and search time grow
             with it. Defaults to ``5_000``.
         coreset (str): How the bank's rows are chosen: ``"uniform"`` (at random), ``"k_center"`` (greedily far apart, as
-            PatchCore), ``"k_means"`` (centroids), or ``"auto"`` for k-means up to 5,000 rows and a uniform subset
+            PatchCore), ``"k_means"`` (centroids), or ``"auto"`` for k-center up to 5,000 rows and a uniform subset
             beyond. Defaults to ``"auto"``.
         bank_stride (int): Distance in pixels between the patches of the training images that may enter the bank, a
             multiple of 2. Defaults to ``8``.

@@ -4,11 +4,12 @@
 """Small memory banks: which rows, or which centroids, stand for all normal embeddings.
 
 Rows stream in; what is held in memory is bounded by the bank's size, whatever the size of the training set. Greedy
-k-center and k-means need to see many rows at once: they choose from a uniform subset of 20 and 10 times the bank's
+k-center and k-means need to see many rows at once: they choose from a uniform subset of 80 and 10 times the bank's
 size.
 """
 
 import logging
+import math
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -16,20 +17,21 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from anomalib.models.components import KCenterGreedy
 
 logger = logging.getLogger(__name__)
 
 Coreset = Literal["auto", "uniform", "k_center", "k_means"]
 
-MAX_KMEANS_ROWS = 5_000
-"""``"auto"`` is k-means up to this many rows: beyond, it takes long and is hardly better than a uniform subset."""
+MAX_CENTERS = 5_000
+"""``"auto"`` is greedy k-center up to this many rows: beyond, it takes long, and much memory to choose from."""
 
 # Lloyd's iterations; more of them bring rows less than 0.2 % nearer to their centroids.
 _KMEANS_ITERATIONS = 3
 
-# Greedy k-center passes over the pool once for each row it chooses, and waits for memory: so in few dimensions.
-_PROJECTED_DIM = 16
+# Rows among which greedy k-center looks for the next ones, and how many are compared with those together: their
+# products stay in a core's cache.
+_NOMINEES = 256
+_TOGETHER = 1024
 
 
 class BankBuilder(ABC):
@@ -92,24 +94,6 @@ class UniformSubset(BankBuilder):
         return self.rows
 
 
-class _KCenterGreedy(KCenterGreedy):
-    """anomalib's, with the same memory for every round: taken anew for each, it scatters over gigabytes."""
-
-    min_distances: torch.Tensor | None
-
-    def update_distances(self, cluster_center: int | torch.Tensor | None) -> None:
-        """Update each row's distance to the nearest center with a new center."""
-        if cluster_center is None:
-            return
-        if self.min_distances is None:
-            self.min_distances = torch.full_like(self.features[:, :1], torch.inf)
-            self._differences = torch.empty_like(self.features)
-            self._distances = torch.empty_like(self.min_distances)
-        torch.sub(self.features, self.features[cluster_center], out=self._differences)
-        torch.linalg.vector_norm(self._differences, dim=1, keepdim=True, out=self._distances)
-        torch.minimum(self.min_distances, self._distances, out=self.min_distances)
-
-
 class _PoolCoreset(UniformSubset):
     """A bank chosen at the end, from a uniform subset of ``pool_factor`` times its size.
 
@@ -136,21 +120,16 @@ class _PoolCoreset(UniformSubset):
 class KCenterCoreset(_PoolCoreset):
     """Greedy k-center, as PatchCore's: each next row is the one farthest from those chosen, so that none is far.
 
-    anomalib's ``KCenterGreedy`` chooses, by distances in a random projection to 16 dimensions. Its own projection is
-    left out: made for thousands of dimensions, it would raise 64 to some 300.
+    The pool is large, since rare normal patches must be in it.
     """
 
-    pool_factor = 20
+    pool_factor = 80
 
     def _choose(self) -> torch.Tensor:
-        with torch.random.fork_rng(devices=[]):  # KCenterGreedy draws its first row from the global generator
-            torch.manual_seed(self.seed)
-            projected = self.rows
-            if self.rows.shape[1] > _PROJECTED_DIM:
-                projected = self.rows @ (torch.randn(self.rows.shape[1], _PROJECTED_DIM) / _PROJECTED_DIM**0.5)
-            # Half a row more, so that rounding down gives the size; three dimensions leave the projection out.
-            sampler = _KCenterGreedy(projected[:, None], (self.bank_size + 0.5) / len(projected))
-            return self.rows[sampler.select_coreset_idxs()]
+        start = time.monotonic()
+        bank = self.rows[farthest_rows(self.rows, self.bank_size)]
+        logger.info("k-center: %d of %d embeddings in %.1f s.", len(bank), len(self.rows), time.monotonic() - start)
+        return bank
 
 
 class KMeansCoreset(_PoolCoreset):
@@ -184,6 +163,74 @@ class KMeansCoreset(_PoolCoreset):
         return torch.from_numpy(kmeans.cluster_centers_).to(self.rows.dtype)
 
 
+def farthest_rows(
+    rows: torch.Tensor, count: int, known: torch.Tensor | None = None, least: float = 0.0
+) -> torch.Tensor:
+    """Choose rows one after the other: each time the one that is farthest from those before.
+
+    A search of all rows for each of them would read all rows as often. But distances to what is chosen only fall. So
+    some nominees, those that are farthest now, are searched alone, as long as one of them is farther than all other
+    rows were. Then the distances of all rows are brought up to date, by one matrix product. The result is the same.
+
+    Args:
+        rows (torch.Tensor): Rows ``[N, Z]``, one or more.
+        count (int): How many to choose at most.
+        known (torch.Tensor | None): Rows ``[M, Z]`` that are there before. Defaults to ``None``: the first of ``rows``.
+        least (float): Distance by which a row must be farther, but for the first. Defaults to ``0.0``.
+
+    Returns:
+        torch.Tensor: Their positions, in the order of choice, int64. Fewer than ``count`` if none is farther.
+    """
+    center = rows.mean(dim=0)
+    rows = rows - center
+    chosen = torch.zeros(0 if known is not None else 1, dtype=torch.long, device=rows.device)
+    added = rows[chosen] if known is None else known - center
+    squares = torch.full_like(rows[:, 0], torch.inf)  # of the distances to what is there
+    while True:
+        for part, of_part in zip(rows.split(_TOGETHER), squares.split(_TOGETHER), strict=True):
+            torch.minimum(of_part, _least_squared_distance(part, added), out=of_part)
+        values, nominees = squares.topk(min(_NOMINEES + 1, len(rows)))
+        others = float(values[-1]) if len(values) < len(rows) else -math.inf
+        first = 1 if len(chosen) == 0 else 0
+        picked = _pick_farthest(values, rows[nominees], count - len(chosen), others, least**2, first)
+        if not picked:
+            return chosen
+        added = rows[nominees[picked]]
+        chosen = torch.cat([chosen, nominees[picked]])
+
+
+def _pick_farthest(
+    squares: torch.Tensor, rows: torch.Tensor, count: int, others: float, least: float, first: int
+) -> list[int]:
+    """Return the positions of at most ``count`` rows ``[n, Z]``, each the farthest, as far as that can be told.
+
+    Args:
+        squares (torch.Tensor): Squared distances of the rows to what is there before, ``[n]``.
+        rows (torch.Tensor): Rows.
+        count (int): How many to pick at most.
+        others (float): That of rows that are not among these is no larger.
+        least (float): What is not above it is not picked.
+        first (int): So many are picked in any case.
+    """
+    between = torch.cdist(rows, rows).square()
+    picked: list[int] = []
+    while len(picked) < count:
+        position = int(squares.argmax())
+        value = float(squares[position])
+        is_too_near = value <= least and len(picked) >= first
+        if is_too_near or (picked and value < others):
+            break
+        picked.append(position)
+        squares = torch.minimum(squares, between[position])
+    return picked
+
+
+def _least_squared_distance(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return the squared distance of each of the rows ``[N, Z]`` to the nearest of others ``[M, Z]``."""
+    products = torch.addmm(others.square().sum(dim=1), rows, others.T, alpha=-2)
+    return (products.amin(dim=1) + rows.square().sum(dim=1)).clamp(min=0)
+
+
 _BUILDERS: dict[str, type[BankBuilder]] = {
     "uniform": UniformSubset,
     "k_center": KCenterCoreset,
@@ -195,8 +242,8 @@ def make_bank_builder(coreset: Coreset, size: int, seed: int = 0) -> BankBuilder
     """Return a builder of banks by its name.
 
     Args:
-        coreset (Coreset): ``"uniform"``, ``"k_center"``, ``"k_means"``, or ``"auto"`` for k-means up to
-            :data:`MAX_KMEANS_ROWS` rows and a uniform subset beyond.
+        coreset (Coreset): ``"uniform"``, ``"k_center"``, ``"k_means"``, or ``"auto"`` for k-center up to
+            :data:`MAX_CENTERS` rows and a uniform subset beyond.
         size (int): Largest number of rows, at least 1.
         seed (int): Seed of whatever is random. Defaults to ``0``.
 
@@ -207,7 +254,7 @@ def make_bank_builder(coreset: Coreset, size: int, seed: int = 0) -> BankBuilder
         ValueError: If the name is unknown.
     """
     if coreset == "auto":
-        coreset = "k_means" if size <= MAX_KMEANS_ROWS else "uniform"
+        coreset = "k_center" if size <= MAX_CENTERS else "uniform"
     if coreset not in _BUILDERS:
         msg = f"coreset must be one of {', '.join(map(repr, get_args(Coreset)))}, got {coreset!r}."
         raise ValueError(msg)

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import conv2d, pad
 
 from anomalib_pedenet.scorers.base import Scorer
-from anomalib_pedenet.scorers.coreset import BankBuilder, Coreset, make_bank_builder
+from anomalib_pedenet.scorers.coreset import BankBuilder, Coreset, farthest_rows, make_bank_builder
 
 # On a CPU and in an exported graph, products of so many queries (there all of them) and rows, which stay in the cache.
 TILE_QUERIES, TILE_ROWS = 2_048, 1_000
@@ -167,22 +167,6 @@ def _largest(products: torch.Tensor, count: int) -> torch.Tensor:
     return products.topk(min(count, products.shape[-1]), dim=-1).values
 
 
-def _farthest(rows: torch.Tensor, bank: torch.Tensor, count: int, least: float) -> torch.Tensor:
-    """Return at most ``count`` rows: each time the one farthest from a bank and from those before, if by ``least``.
-
-    The first is among them in any case.
-    """
-    distances = torch.cat([torch.cdist(part, bank).amin(dim=1) for part in rows.split(_TYPICAL_ROWS)])
-    chosen: list[int] = []
-    while len(chosen) < count:
-        position = int(distances.argmax())
-        if chosen and distances[position] <= least:
-            break
-        chosen.append(position)
-        distances = torch.minimum(distances, (rows - rows[position]).norm(dim=1))
-    return rows[chosen]
-
-
 def _least_redundant(rows: torch.Tensor, count: int) -> torch.Tensor:
     """Return the positions, in order, of ``count`` rows: those without which others are farthest from the next one.
 
@@ -284,7 +268,8 @@ class NearestNeighborScorer(MemoryBankScorer):
         """
         del places, flagged
         limit = max(1, len(self.rows) // _TAUGHT_PART)
-        taught = _farthest(embeddings.to(self.rows) - self.mean, self.bank, limit, float(self.typical_score))
+        rows = embeddings.to(self.rows) - self.mean
+        taught = rows[farthest_rows(rows, limit, self.bank, float(self.typical_score))]
         room = int(self.bank_size) - len(self.rows) if self.bank_size >= 1 else 0
         kept = self.bank[_least_redundant(self.bank, len(self.rows) - max(0, len(taught) - max(0, room)))]
         self.rows = append_norms(torch.cat([kept, taught]))

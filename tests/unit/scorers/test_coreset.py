@@ -11,7 +11,13 @@ import torch
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 
-from anomalib_pedenet.scorers.coreset import Coreset, KCenterCoreset, KMeansCoreset, UniformSubset, make_bank_builder
+from anomalib_pedenet.scorers.coreset import (
+    Coreset,
+    KCenterCoreset,
+    UniformSubset,
+    farthest_rows,
+    make_bank_builder,
+)
 
 every = pytest.mark.parametrize("coreset", get_args(Coreset))
 
@@ -33,7 +39,7 @@ def clusters(num: int, dim: int = 8) -> torch.Tensor:
 
 @every
 def test_size_order_of_batches_and_seed(coreset: str) -> None:
-    rows = torch.randn(4000, 20)
+    rows = torch.randn(5000, 20)  # more than any pool holds
     bank = build(coreset, rows, 50)
     assert bank.shape == (50, 20)
     assert bank.dtype == torch.float32
@@ -53,7 +59,7 @@ def test_memory_is_bounded(coreset: str) -> None:
     builder = make_bank_builder(coreset, 10)
     for _ in range(20):
         builder.update(torch.randn(1000, 3))
-    assert len(builder.rows) <= 10 * 20  # the pool of 'k_center', the largest
+    assert len(builder.rows) <= 10 * 80  # the pool of 'k_center', the largest
 
 
 @every
@@ -88,16 +94,35 @@ def test_k_center_takes_one_row_of_each_cluster_however_small() -> None:
     assert (cdist(bank, rows).min(axis=1) == 0).all()  # rows, not means
 
 
-def test_k_center_equals_a_greedy_search_one_by_one() -> None:
-    rows = torch.randn(200, 4)  # few dimensions are not projected
-    chosen = KCenterCoreset(12, seed=3)
-    chosen.update(rows)
-    bank = chosen.build().numpy()
-    expected = [bank[0]]
-    while len(expected) < 12:
-        distances = cdist(rows.numpy(), np.stack(expected)).min(axis=1)
-        expected.append(rows[distances.argmax()].numpy())
-    np.testing.assert_array_equal(bank, np.stack(expected))
+def search_one_by_one(rows: torch.Tensor, count: int, known: torch.Tensor | None = None, least: float = 0) -> list[int]:
+    """Return the positions of what is farthest from what is there, each searched among all rows."""
+    chosen = [0] if known is None else []
+    while len(chosen) < count:
+        there = torch.cat([rows[:0] if known is None else known, rows[chosen]])
+        distances = cdist(rows.numpy(), there.numpy()).min(axis=1)
+        if chosen and distances.max() <= least:
+            break
+        chosen.append(int(distances.argmax()))
+    return chosen
+
+
+@pytest.mark.parametrize("count", [1, 12, 700])
+def test_the_farthest_rows_are_those_of_a_search_one_by_one(count: int) -> None:
+    """Among more rows than are nominated at a time, few of them far out."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 7 + torch.randn(2_000, 5, generator=generator) * torch.rand(2_000, 1, generator=generator) ** 3
+    assert farthest_rows(rows, count).tolist() == search_one_by_one(rows, count)
+    known = rows[::400] + 1
+    assert farthest_rows(rows, count, known).tolist() == search_one_by_one(rows, count, known)
+    for least in (0.5, 2.0, 100.0):
+        expected = search_one_by_one(rows, count, known, least)
+        assert farthest_rows(rows, count, known, least).tolist() == expected
+    assert len(expected) == 1  # the first in any case
+
+
+def test_equal_rows_are_chosen_once() -> None:
+    rows = torch.eye(3).repeat(400, 1)
+    assert sorted(rows[farthest_rows(rows, 10)].tolist()) == sorted(torch.eye(3).tolist())
 
 
 def test_k_means_is_nearly_that_of_a_search_to_the_end() -> None:
@@ -110,10 +135,9 @@ def test_k_means_is_nearly_that_of_a_search_to_the_end() -> None:
     assert error(build("k_means", rows, 150)) < 1.1 * error(converged) < 0.8 * error(build("uniform", rows, 150))
 
 
-def test_auto_is_k_means_for_small_banks_and_uniform_for_large_ones() -> None:
-    assert isinstance(make_bank_builder("auto", 5_000), KMeansCoreset)
-    assert isinstance(make_bank_builder("auto", 5_001), UniformSubset)
-    assert not isinstance(make_bank_builder("auto", 5_001), KMeansCoreset)
+def test_auto_is_k_center_for_small_banks_and_uniform_for_large_ones() -> None:
+    assert isinstance(make_bank_builder("auto", 5_000), KCenterCoreset)
+    assert type(make_bank_builder("auto", 5_001)) is UniformSubset
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from anomalib_pedenet.scorers import SCORERS, GaussianMixtureScorer, NearestNeighborScorer, make_scorer
-from anomalib_pedenet.scorers.nearest_neighbor import _farthest, _least_redundant
+from anomalib_pedenet.scorers.nearest_neighbor import _least_redundant
 
 TEACHABLE = {"exact", "gaussian_mixture"}  # and ppca, which takes grids: tests/unit/scorers/test_ppca.py
 
@@ -47,22 +47,6 @@ def test_a_bank_does_not_grow_beyond_its_size() -> None:
     scorer.teach(20 * clusters(200))  # far apart
     assert len(scorer.rows) == 50
     assert (scorer.bank.norm(dim=1) > 20).sum() == 5  # a tenth of it
-
-
-def test_what_is_added_is_the_farthest_each_time() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows, bank = torch.randn(60, 4, generator=generator), torch.randn(10, 4, generator=generator)
-    chosen: list[int] = []
-    for _ in range(20):  # a search of all, each time anew
-        known = [*bank, *rows[chosen]]
-        distances = [min(float((row - other).norm()) for other in known) for row in rows]
-        if max(distances) <= 0.9:
-            break
-        chosen.append(distances.index(max(distances)))
-    assert 3 < len(chosen) < 60
-    torch.testing.assert_close(_farthest(rows, bank, 20, 0.9), rows[chosen])
-    torch.testing.assert_close(_farthest(rows, bank, 3, 0.9), rows[chosen[:3]])
-    assert len(_farthest(bank, bank, 3, 0.9)) == 1
 
 
 def test_a_bank_with_room_keeps_all_its_rows() -> None:
