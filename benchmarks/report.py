@@ -22,6 +22,7 @@ from common import markdown, run_name
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from scipy import stats
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 CONFIGS = Path(__file__).parents[1] / "configs" / "data"
@@ -51,9 +52,14 @@ COSTS = {
 INTRODUCTION = (
     "Nothing here is typed. Mean, and standard deviation over the seeds, of anomalib's metrics on all test images."
 )
+JOINT, ALONE = "L_DEN and L_LPN", "L_LPN alone"
 LOSSES = (
     "Scored by 32-px patches alone. Published averages over MVTec AD's fifteen categories (arXiv:2110.15525): L_DEN "
     "0.810, L_LPN 0.894, both 0.959."
+)
+DIFFERENCES = (
+    f"*{JOINT}* less *{ALONE}*, and the 95 % interval of the mean (Student's t): of a set over the seeds, of all over "
+    "the sets' means."
 )
 PUBLISHED_BY = (
     "Figures of the methods' authors or of anomalib, with pre-trained backbones where they have them; "
@@ -79,6 +85,31 @@ def metric_table(rows: pd.DataFrame, metric: str) -> str:
     if "kind" in rows and rows["kind"].notna().any():
         table.insert(0, "kind", rows.drop_duplicates("category").set_index("category")["kind"].reindex(table.index))
     return markdown(table.fillna("").rename_axis("set"))
+
+
+def mean_and_interval(values: pd.Series) -> str:
+    """Return the mean of differences, and its 95 % interval (Student's t) where there are several."""
+    text = f"{values.mean():+.3f}"
+    if len(values) < 2:
+        return text
+    half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
+    return f"{text} ({values.mean() - half:+.3f} to {values.mean() + half:+.3f})"
+
+
+def difference_table(rows: pd.DataFrame, first: str, second: str) -> str | None:
+    """Return how much better a method is than another with the same seed, sets by metrics, and the mean of the sets."""
+    columns = {}
+    for metric, title in METRICS.items():
+        values = rows.pivot_table(metric, ["category", "seed"], "method", sort=False)
+        if not {first, second} <= set(values):
+            continue
+        of_sets = (values[first] - values[second]).dropna().groupby("category", sort=False)
+        cells = {name: mean_and_interval(differences) for name, differences in of_sets}
+        if len(cells) > 1:
+            cells[f"**all {len(cells)}**"] = mean_and_interval(of_sets.mean())
+        columns[title] = cells
+    table = pd.DataFrame(columns)
+    return None if table.empty else markdown(table.fillna("").rename_axis("set"))
 
 
 def accuracy_tables(rows: pd.DataFrame) -> list[str]:
@@ -264,11 +295,22 @@ def reproduction(rows: pd.DataFrame, curve: str) -> list[str]:
     versions = [f"{name} {'/'.join(rows[name].astype(str).unique())}" for name in ("anomalib", "torch", "python")]
     compared = rows[rows["table"] == "methods"]
     counts = compared.dropna(subset=["image_AUROC"]).groupby(["category", "method"], sort=False)["seed"].nunique()
-    fewer = [f"{method} on {category} {count}" for (category, method), count in counts.items() if count < counts.max()]
+    fewer = [
+        text
+        for method, seeds in counts.groupby("method", sort=False)
+        for text in fewer_seeds(method, seeds, counts.max())
+    ]
     text = f"Measured with {', '.join(versions)}; {'; '.join(rows['hardware'].unique())}. Each run had as many of the "
     text += "cores as named, and whatever else the machine did on the others: times are rough."
     text += f" Fewer seeds: {'; '.join(fewer)}." if fewer else ""
     return ["## How to reproduce", "```bash\n" + "\n".join(dict.fromkeys(commands)) + "\n```", text]
+
+
+def fewer_seeds(method: str, counts: pd.Series, usual: int) -> list[str]:
+    """Return on which categories a method has fewer seeds than usual, by its number of seeds of each."""
+    if counts.nunique() == 1:
+        return [f"{method} {counts.iloc[0]} on each set"] if counts.iloc[0] < usual else []
+    return [f"{method} on {category} {count}" for (category, _), count in counts.items() if count < usual]
 
 
 def sections(rows: pd.DataFrame, folder: Path, pictures: Path, link: str, shown: Iterable[str]) -> list[str]:
@@ -287,6 +329,8 @@ def sections(rows: pd.DataFrame, folder: Path, pictures: Path, link: str, shown:
         loss_bars(losses, pictures / "losses.png")
         parts += ["## Table 4: losses", LOSSES, "Pixel AUROC:", metric_table(losses, "pixel_AUROC")]
         parts += ["Image AUROC:", metric_table(losses, "image_AUROC"), f"![Pixel AUROC by loss]({link}losses.png)"]
+        differences = difference_table(losses, JOINT, ALONE)
+        parts += [DIFFERENCES, differences] if differences else []
         parts += [notes(losses)]
     if len(methods):
         parts += ["## Cost", "Of one image; the memory bank or statistics are in the state.", cost_table(methods)]

@@ -65,6 +65,22 @@ def test_a_table_has_the_means_and_the_worst_of_what_all_methods_share(report: M
     ]
 
 
+def test_a_difference_of_methods_has_its_interval(report: ModuleType) -> None:
+    """Pairs of a seed are compared. With two, Student's t is 12.71, and the standard error half their distance."""
+    values = [("a", "X", 0, 0.7), ("a", "Y", 0, 0.6), ("a", "X", 1, 0.8), ("a", "Y", 1, 0.5)]
+    values += [("b", "X", 0, 0.9), ("b", "Y", 0, 0.8), ("b", "X", 1, 0.2)]
+    rows = pd.DataFrame(values, columns=["category", "method", "seed", "pixel_AUROC"]).assign(image_AUROC=0.5)
+    rows[["pixel_AUPRO", "pixel_F1Max"]] = np.nan
+    assert report.difference_table(rows, "X", "Y").splitlines() == [
+        "| set | Pixel AUROC | Image AUROC |",
+        "|---|---|---|",
+        "| a | +0.200 (-1.071 to +1.471) | +0.000 (+0.000 to +0.000) |",
+        "| b | +0.100 | +0.000 |",
+        "| **all 2** | +0.150 (-0.485 to +0.785) | +0.000 (+0.000 to +0.000) |",
+    ]
+    assert report.difference_table(rows, "X", "Z") is None
+
+
 def test_a_page_shows_what_there_is(report: ModuleType, tmp_path: Path) -> None:
     """Without maps and curves it has none; with them it has, but of images that are not free to publish."""
     rows, out, docs = make_rows(report), tmp_path / "out", tmp_path / "docs"
@@ -74,7 +90,7 @@ def test_a_page_shows_what_there_is(report: ModuleType, tmp_path: Path) -> None:
     page = report.render(out).read_text(encoding="utf-8")
     assert "accuracy_by_cost.png" in page
     assert "make bench-accuracy SETS=<folder>/sets.yaml SEEDS=0,1\n" in page
-    assert "Fewer seeds: Pedenet on bottle 1; A on brick 1;" in page
+    assert "Fewer seeds: A on brick 1; A on c 1; Pedenet 1 on each set." in page
     assert not any(part in page for part in ("heatmaps", "by_time", "Table 4", "Drawn defects"))
 
     rows.drop(columns=["pixel_AUROC", "image_AUROC", "pixel_AUPRO", "train_seconds"]).to_csv(out / "results.csv")
