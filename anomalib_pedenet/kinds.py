@@ -51,7 +51,7 @@ class Kind:
 # Small patches show best where a part's defect is, and if parts do not turn, the middle of all patches does. On a
 # surface large patches alone may see it.
 ALIGNED = Kind("aligned parts", "ppca", is_soft_maximum=False, has_extent=True, reach=0.5, fineness=1.0)
-LOOSE = Kind("loose parts", "exact", is_soft_maximum=True, is_whitened=True, kept=0.75, has_extent=True, fineness=0.25)
+LOOSE = Kind("loose parts", "exact", is_soft_maximum=True, is_whitened=True, kept=0.75, has_extent=True, fineness=0.5)
 SURFACE = Kind(
     "a surface",
     "gaussian_mixture",
@@ -76,8 +76,9 @@ KINDS = (
     *_BY_WORST_PIXEL[1:],
     *_BLURRED,
     ALIGNED,
-    LOOSE,
+    replace(LOOSE, fineness=0.25),
     SURFACE,
+    LOOSE,
 )
 """All kinds, in the order of their numbers in checkpoints. Those that are no constant are of earlier versions."""
 

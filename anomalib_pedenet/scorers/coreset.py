@@ -33,6 +33,9 @@ _KMEANS_ITERATIONS = 3
 _NOMINEES = 256
 _TOGETHER = 1024
 
+_ROUNDING = 1e-5  # of squared distances, relative to the squared norm, in float32
+_MOST_OTHERS = 4_000
+
 
 class BankBuilder(ABC):
     """Builds a bank of at most ``size`` rows from rows that stream in.
@@ -40,7 +43,13 @@ class BankBuilder(ABC):
     Args:
         size (int): Largest number of rows.
         seed (int): Seed of whatever is random.
+
+    Attributes:
+        others (torch.Tensor | None): Once built, some rows ``[m, Z]`` that came and are not in the bank, evenly spread;
+            ``None`` if it does not know of any.
     """
+
+    others: torch.Tensor | None = None
 
     def __init__(self, size: int, seed: int = 0) -> None:
         self.size = size
@@ -64,30 +73,48 @@ class UniformSubset(BankBuilder):
     Args:
         size (int): Largest number of rows.
         seed (int): Seed of the keys.
-
-    Attributes:
-        rows (torch.Tensor): The subset so far, ``[n, Z]`` on the CPU.
-        keys (np.ndarray): Its rows' keys, ``[n]`` in [0, 1).
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
         super().__init__(size, seed)
-        self.keys = np.zeros(0)
-        self.rows = torch.zeros(0)
+        self._num_seen = 0
+        # What is kept lies in this order, and what displaces a row takes its place.
+        self._keys = np.zeros(0)
+        self._arrivals = np.zeros(0, dtype=np.int64)
+        self._kept = torch.zeros(0)
         self._generator = np.random.default_rng(seed)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The subset so far, ``[n, Z]`` on the CPU."""
+        return self._kept[: len(self._keys)][torch.from_numpy(np.argsort(self._arrivals))]
 
     def update(self, rows: torch.Tensor) -> None:
         """Take in more rows ``[N, Z]``, on any device."""
         keys = self._generator.random(len(rows))
-        if len(self.keys) == self.size:  # only rows that displace one of the subset are worth copying
-            candidates = np.flatnonzero(keys < self.keys.max())
-            keys, rows = keys[candidates], rows[torch.from_numpy(candidates).to(rows.device)]
-        keys = np.concatenate([self.keys, keys])
-        rows = torch.cat([self.rows.reshape(-1, rows.shape[1]).to(rows.dtype), rows.cpu()])
-        if len(keys) > self.size:
-            kept = np.sort(np.argpartition(keys, self.size)[: self.size])
-            keys, rows = keys[kept], rows[torch.from_numpy(kept)]
-        self.keys, self.rows = keys, rows
+        arrivals = np.arange(self._num_seen, self._num_seen + len(rows))
+        self._num_seen += len(rows)
+        start = len(self._keys)
+        free = min(self.size - start, len(rows))
+        if start + free > len(self._kept):  # twice as much room, so that rows are seldom copied
+            room = torch.empty(min(self.size, 2 * (start + free)) - start, *rows.shape[1:], dtype=rows.dtype)
+            self._kept = torch.cat([self._kept[:start].reshape(start, *rows.shape[1:]), room])
+        self._kept[start : start + free] = rows[:free].cpu()
+        self._keys = np.concatenate([self._keys, keys[:free]])
+        self._arrivals = np.concatenate([self._arrivals, arrivals[:free]])
+        if free < len(rows):
+            self._displace(rows[free:], keys[free:], arrivals[free:])
+
+    def _displace(self, rows: torch.Tensor, keys: np.ndarray, arrivals: np.ndarray) -> None:
+        """Put rows with small keys into the places of those with the largest."""
+        candidates = np.flatnonzero(keys < self._keys.max())
+        both = np.concatenate([self._keys, keys[candidates]])
+        stays = np.zeros(len(both), dtype=bool)
+        stays[np.argpartition(both, self.size - 1)[: self.size]] = True
+        places = np.flatnonzero(~stays[: self.size])
+        chosen = candidates[stays[self.size :]]
+        self._kept[torch.from_numpy(places)] = rows[torch.from_numpy(chosen).to(rows.device)].cpu()
+        self._keys[places], self._arrivals[places] = keys[chosen], arrivals[chosen]
 
     def build(self) -> torch.Tensor:
         """Return the subset."""
@@ -99,7 +126,7 @@ class _PoolCoreset(UniformSubset):
 
     Args:
         size (int): Number of rows.
-        seed (int): Seed of the subset and of the choice.
+        seed (int): Seed of the subset, and of the choice if chance is in it.
     """
 
     pool_factor: ClassVar[int]
@@ -110,11 +137,12 @@ class _PoolCoreset(UniformSubset):
 
     def build(self) -> torch.Tensor:
         """Return the bank; all rows if they are no more than its size."""
-        return self.rows if len(self.rows) <= self.bank_size else self._choose()
+        pool = self.rows
+        return pool if len(pool) <= self.bank_size else self._choose(pool)
 
     @abstractmethod
-    def _choose(self) -> torch.Tensor:
-        """Return ``bank_size`` rows that stand for the pool."""
+    def _choose(self, pool: torch.Tensor) -> torch.Tensor:
+        """Return at most ``bank_size`` rows that stand for a larger pool ``[n, Z]``."""
 
 
 class KCenterCoreset(_PoolCoreset):
@@ -125,11 +153,15 @@ class KCenterCoreset(_PoolCoreset):
 
     pool_factor = 80
 
-    def _choose(self) -> torch.Tensor:
+    def _choose(self, pool: torch.Tensor) -> torch.Tensor:
         start = time.monotonic()
-        bank = self.rows[farthest_rows(self.rows, self.bank_size)]
-        logger.info("k-center: %d of %d embeddings in %.1f s.", len(bank), len(self.rows), time.monotonic() - start)
-        return bank
+        chosen = farthest_rows(pool, self.bank_size)
+        logger.info("k-center: %d of %d embeddings in %.1f s.", len(chosen), len(pool), time.monotonic() - start)
+        is_other = torch.ones(len(pool), dtype=torch.bool)
+        is_other[chosen] = False
+        others = is_other.nonzero()[:, 0]
+        self.others = pool[others[:: max(1, len(others) // _MOST_OTHERS)]]
+        return pool[chosen]
 
 
 class KMeansCoreset(_PoolCoreset):
@@ -137,7 +169,7 @@ class KMeansCoreset(_PoolCoreset):
 
     pool_factor = 10
 
-    def _choose(self) -> torch.Tensor:
+    def _choose(self, pool: torch.Tensor) -> torch.Tensor:
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning
 
@@ -153,11 +185,11 @@ class KMeansCoreset(_PoolCoreset):
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # of fewer distinct rows than centroids
-            kmeans.fit(self.rows.numpy())
+            kmeans.fit(pool.numpy())
         logger.info(
             "k-means: %d centroids of %d embeddings in %.1f s.",
             self.bank_size,
-            len(self.rows),
+            len(pool),
             time.monotonic() - start,
         )
         return torch.from_numpy(kmeans.cluster_centers_).to(self.rows.dtype)
@@ -183,12 +215,18 @@ def farthest_rows(
     """
     center = rows.mean(dim=0)
     rows = rows - center
-    chosen = torch.zeros(0 if known is not None else 1, dtype=torch.long, device=rows.device)
-    added = rows[chosen] if known is None else known - center
+    if known is None or len(known) == 0:
+        chosen = torch.zeros(min(1, count), dtype=torch.long, device=rows.device)
+        added = rows[chosen]
+    else:
+        chosen = torch.zeros(0, dtype=torch.long, device=rows.device)
+        added = known - center
     squares = torch.full_like(rows[:, 0], torch.inf)  # of the distances to what is there
     while True:
-        for part, of_part in zip(rows.split(_TOGETHER), squares.split(_TOGETHER), strict=True):
-            torch.minimum(of_part, _least_squared_distance(part, added), out=of_part)
+        if len(added):
+            for part, of_part in zip(rows.split(_TOGETHER), squares.split(_TOGETHER), strict=True):
+                torch.minimum(of_part, _least_squared_distance(part, added), out=of_part)
+        squares[chosen] = 0
         values, nominees = squares.topk(min(_NOMINEES + 1, len(rows)))
         others = float(values[-1]) if len(values) < len(rows) else -math.inf
         first = 1 if len(chosen) == 0 else 0
@@ -212,7 +250,7 @@ def _pick_farthest(
         least (float): What is not above it is not picked.
         first (int): So many are picked in any case.
     """
-    between = torch.cdist(rows, rows).square()
+    between = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
     picked: list[int] = []
     while len(picked) < count:
         position = int(squares.argmax())
@@ -226,9 +264,14 @@ def _pick_farthest(
 
 
 def _least_squared_distance(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Return the squared distance of each of the rows ``[N, Z]`` to the nearest of others ``[M, Z]``."""
+    """Return the squared distance of each of the rows ``[N, Z]`` to the nearest of others ``[M, Z]``.
+
+    It is 0 where it is so small, beside the row's square, that it may be rounding alone.
+    """
     products = torch.addmm(others.square().sum(dim=1), rows, others.T, alpha=-2)
-    return (products.amin(dim=1) + rows.square().sum(dim=1)).clamp(min=0)
+    own = rows.square().sum(dim=1)
+    squares = products.amin(dim=1) + own
+    return torch.where(squares > _ROUNDING * own, squares, 0.0)
 
 
 _BUILDERS: dict[str, type[BankBuilder]] = {

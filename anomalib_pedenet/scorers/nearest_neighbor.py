@@ -79,12 +79,16 @@ class MemoryBankScorer(Scorer):
             self._builder.update(embeddings)
 
     def _finalize(self) -> torch.Tensor:
+        device = self.typical_score.device
         rows = self._builder.build() if self._builder is not None else torch.zeros(0, self.embedding_dim)
+        others = self._builder.others if self._builder is not None else None
         self._builder = None
-        return self._set_bank(rows.to(self.typical_score.device))
+        typical = self._set_bank(rows.to(device))
+        # Rows that were chosen to lie far apart say nothing of what is typical.
+        return typical if others is None else self(others.to(device)).mean()
 
     def _set_bank(self, rows: torch.Tensor) -> torch.Tensor:
-        """Put rows ``[M, Z]`` to use as the bank and return a normal patch's typical score."""
+        """Put rows ``[M, Z]`` to use as the bank and return the mean score of one of them against the others."""
         raise NotImplementedError
 
 

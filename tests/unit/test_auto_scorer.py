@@ -255,8 +255,8 @@ def test_all_kinds_that_checkpoints_may_hold_score_as_they_did(number: int) -> N
     assert [kind.has_means for kind in KINDS[:5]] == [False, False, False, False, True]
     assert all(kind.kept == 1 and not kind.is_relative for kind in KINDS[:5])
     # The latter two with fewer directions; all three with another score of images; and now with sharper maps.
-    assert KINDS[10:] == (ALIGNED, LOOSE, SURFACE)
-    assert KINDS[7:10] == tuple(replace(kind, reach=1.0, fineness=0.0) for kind in KINDS[10:])
+    assert KINDS[10:] == (ALIGNED, replace(LOOSE, fineness=0.25), SURFACE, LOOSE)
+    assert KINDS[7:10] == tuple(replace(kind, reach=1.0, fineness=0.0) for kind in KINDS[10:13])
     assert KINDS[5:7] == tuple(replace(kind, has_extent=False) for kind in KINDS[8:10])
     assert KINDS[2:7] == tuple(replace(kind, has_extent=False, reach=1.0, fineness=0.0) for kind in KINDS[2:7])
     of_scorer = {"ppca": 64, "exact": 66, "gaussian_mixture": 64}[KINDS[number].scorer]

@@ -121,8 +121,11 @@ def test_the_farthest_rows_are_those_of_a_search_one_by_one(count: int) -> None:
 
 
 def test_equal_rows_are_chosen_once() -> None:
-    rows = torch.eye(3).repeat(400, 1)
-    assert sorted(rows[farthest_rows(rows, 10)].tolist()) == sorted(torch.eye(3).tolist())
+    distinct = 5 + torch.randn(500, 48, generator=torch.Generator().manual_seed(0))
+    chosen = farthest_rows(distinct.repeat(5, 1), 1_000)
+    assert sorted((chosen % 500).tolist()) == list(range(500))
+    assert len(farthest_rows(distinct, 0)) == 0
+    assert farthest_rows(distinct, 3, known=distinct[:0]).tolist() == farthest_rows(distinct, 3).tolist()
 
 
 def test_k_means_is_nearly_that_of_a_search_to_the_end() -> None:
@@ -133,6 +136,18 @@ def test_k_means_is_nearly_that_of_a_search_to_the_end() -> None:
         return float((cdist(rows, bank).min(axis=1) ** 2).mean())
 
     assert error(build("k_means", rows, 150)) < 1.1 * error(converged) < 0.8 * error(build("uniform", rows, 150))
+
+
+def test_others_are_rows_of_the_pool_that_are_not_in_the_bank() -> None:
+    rows = torch.randn(9_000, 3, generator=torch.Generator().manual_seed(0))
+    builder = KCenterCoreset(200)
+    builder.update(rows)
+    bank = builder.build()
+    assert builder.others is not None
+    assert 4_000 <= len(builder.others) <= 9_000 - 200
+    both = {tuple(row) for row in torch.cat([bank, builder.others]).tolist()}
+    assert both <= {tuple(row) for row in rows.tolist()}
+    assert len(both) == len(bank) + len(builder.others)
 
 
 def test_auto_is_k_center_for_small_banks_and_uniform_for_large_ones() -> None:
