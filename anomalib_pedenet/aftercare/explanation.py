@@ -96,13 +96,13 @@ class NormalPatches:
         hottest = int(self._model.combine(list(maps.values())).flatten().argmax())
         pixel = divmod(hottest, image.shape[-1])
         size = max(parts, key=lambda scale: float(parts[scale].flatten()[hottest]))
-        scores = patches[size].scores[0]
-        # Of the patches that cover the pixel, the most abnormal one.
-        sides, reach = image.shape[-2:], self._model.reach
-        rows, columns = (_covering(*axis, size, stride, reach) for axis in zip(pixel, sides, strict=True))
-        place = int(scores[rows, columns].flatten().argmax())
-        row = rows.start + place // (columns.stop - columns.start)
-        column = columns.start + place % (columns.stop - columns.start)
+        # What each patch adds to the pixel's score.
+        rows, columns = (
+            averaging_matrix(side, size, stride, device=image.device, reach=self._model.reach)[place]
+            for side, place in zip(image.shape[-2:], pixel, strict=True)
+        )
+        added = rows[:, None] * columns * patches[size].scores[0]
+        row, column = divmod(int(added.flatten().argmax()), len(columns))
         return size, Box(row * stride, column * stride, size, size), patches[size].embeddings[0, row, column]
 
     def _nearest(self, size: int, embeddings: torch.Tensor, origins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,9 +134,3 @@ class NormalPatches:
             distances, _ = self._nearest(size, rows[chosen].float(), sources[chosen])
             self._usual[size] = float(distances.mean().clamp(min=torch.finfo(torch.float32).tiny))
         return self._usual[size]
-
-
-def _covering(pixel: int, side: int, size: int, stride: int, reach: float) -> slice:
-    """Return which patches along an axis of an image's side a pixel's score is the mean of."""
-    covering = averaging_matrix(side, size, stride, reach=reach)[pixel].nonzero()
-    return slice(int(covering[0]), int(covering[-1]) + 1)
