@@ -233,5 +233,5 @@ def test_with_tiles_the_position_that_was_chosen_before_is_forgotten() -> None:
 
 def test_a_bank_as_a_fraction_of_all_patches() -> None:
     model = PedenetModel(stride=16, bank_size=0.5).eval()
-    model.fit([torch.rand(1, 3, 64, 64)] * 6)  # 9 patches of 32 px each
+    model.fit([torch.rand(1, 3, 64, 64) for _ in range(6)])  # 9 patches of 32 px each
     assert len(model.scorers["32"].bank) == 27
