@@ -34,7 +34,7 @@ _NOMINEES = 256
 _TOGETHER = 1024
 
 _ROUNDING = 1e-5  # of squared distances, relative to the squared norm, in float32
-_MOST_OTHERS = 4_000
+_OTHERS = 4_000  # rows that are not in the bank of which to tell, and up to twice as many
 
 
 class BankBuilder(ABC):
@@ -160,7 +160,7 @@ class KCenterCoreset(_PoolCoreset):
         is_other = torch.ones(len(pool), dtype=torch.bool)
         is_other[chosen] = False
         others = is_other.nonzero()[:, 0]
-        self.others = pool[others[:: max(1, len(others) // _MOST_OTHERS)]]
+        self.others = pool[others[:: max(1, len(others) // _OTHERS)]]
         return pool[chosen]
 
 
