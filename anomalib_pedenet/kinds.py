@@ -12,6 +12,7 @@ AUTO_SCORER = "auto"
 """The scorer that :meth:`anomalib_pedenet.PedenetModel.calibrate` replaces by that of the images' kind."""
 
 _MOST_OF_SURFACES = 0.3  # of the variance of embeddings, explained by the place: 0.1 and less on surfaces
+_LEAST_OF_ALIGNED = 0.9  # alignment at the largest weight of the place: 0.94 and more where parts do not move
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Kind:
         scorer (str): Name of the scorer.
         is_soft_maximum (bool): Whether the scales' maps are joined by the soft maximum, else by their product.
         is_whitened (bool): Whether embeddings are whitened before.
+        has_place (bool): Whether a patch's place counts in the search of its nearest neighbour, as far as that helps.
         has_means (bool): Whether each place's mean is taken away before.
         is_relative (bool): Whether each image's own mean is taken away before that.
         kept (float): Part of the whitened directions that is scored, those in which normal embeddings vary most.
@@ -36,6 +38,7 @@ class Kind:
     scorer: str
     is_soft_maximum: bool
     is_whitened: bool = False
+    has_place: bool = False
     has_means: bool = False
     is_relative: bool = False
     kept: float = 1.0
@@ -51,6 +54,8 @@ class Kind:
 # Small patches show best where a part's defect is, and if parts do not turn, the middle of all patches does. On a
 # surface large patches alone may see it.
 ALIGNED = Kind("aligned parts", "ppca", is_soft_maximum=False, has_extent=True, reach=0.5, fineness=1.0)
+# Where parts move by a few pixels, a place has now this patch and now that, which no Gaussian describes.
+NEARLY_ALIGNED = replace(ALIGNED, name="nearly aligned parts", scorer="exact", has_place=True)
 LOOSE = Kind("loose parts", "exact", is_soft_maximum=True, is_whitened=True, kept=0.75, has_extent=True, fineness=0.5)
 SURFACE = Kind(
     "a surface",
@@ -79,6 +84,7 @@ KINDS = (
     replace(LOOSE, fineness=0.25),
     SURFACE,
     LOOSE,
+    NEARLY_ALIGNED,
 )
 """All kinds, in the order of their numbers in checkpoints. Those that are no constant are of earlier versions."""
 
@@ -121,6 +127,16 @@ def share_of_place(grids: torch.Tensor, chosen: torch.Tensor | None = None) -> f
     # An image less the mean of the others is count / (count - 1) times itself less the mean of all.
     around_others = sum(float((image - of_place).square().sum()) for image in rows) * (count / (count - 1)) ** 2
     return 1 - around_others / around_all if around_all > 0 else 0.0
+
+
+def aligned_kind(alignment: float) -> Kind:
+    """Return the kind of images with parts that are aligned, by how well.
+
+    Args:
+        alignment (float): Alignment at the largest weight of the place, see
+            :func:`anomalib_pedenet.scorers.position.measure_alignment`.
+    """
+    return ALIGNED if alignment >= _LEAST_OF_ALIGNED else NEARLY_ALIGNED
 
 
 def unaligned_kind(share: float) -> Kind:

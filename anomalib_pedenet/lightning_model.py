@@ -91,8 +91,9 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
             ``"auto"``. Defaults to ``None``.
         scorer (str | dict | None): How embeddings are compared with normal ones. ``"auto"`` chooses from the normal
             images: ``"ppca"`` where all images show a part in the same place, so that each patch is compared with
-            normal ones of its place; ``"exact"`` for loose parts, with whitened embeddings; and
-            ``"gaussian_mixture"`` for surfaces, less the means of the image and of each place. Nearest neighbour:
+            normal ones of its place; ``"exact"`` with the place where parts move by some pixels, and for loose
+            parts, with whitened embeddings; and ``"gaussian_mixture"`` for surfaces, less the means of the image and of
+            each place. Nearest neighbour:
             ``"exact"``, ``"local"`` (same place of the image only), or with faiss ``"faiss_flat"``, ``"faiss_ivf"``,
             ``"faiss_hnsw"``, ``"faiss_pq"``. Densities: ``"gaussian_mixture"`` (48 Gaussians), ``"density"`` (the DE
             network's mixture), ``"mahalanobis"`` (a Gaussian for each place), ``"ppca"`` (likewise, of four
@@ -110,9 +111,9 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
         bank_seed (int): Seed of the bank and of other scorers. Defaults to ``0``.
         position_weight (float | str): How much a patch's distance from the place of a normal patch counts when the two
             are compared, per length of the image's longer side. ``0`` compares with patches from anywhere (unaligned
-            parts, surfaces), ``32`` with those of nearly the same place (aligned parts). With ``scorer="auto"`` any
-            weight above 0 says that parts are aligned, and 0 that they are not. ``"auto"`` chooses from the normal
-            images. Defaults to ``"auto"``.
+            parts, surfaces), ``32`` with those of nearly the same place (aligned parts). With ``scorer="auto"`` 32
+            says that parts are aligned, less that they move a little, and 0 that they do not stay. ``"auto"`` chooses
+            from the normal images. Defaults to ``"auto"``.
         model_size (str): Width of the small encoder: ``"small"``, or ``"medium"``, as in Patch-SVDD, which takes three
             times as long. Defaults to ``"small"``.
         max_steps (int): Training length in optimizer steps. A smaller ``Trainer`` limit (``max_steps``, ``max_epochs``)

@@ -15,11 +15,11 @@ from torch.nn.functional import max_pool2d
 
 from anomalib_pedenet.anomaly_map import measure_normal
 from anomalib_pedenet.dense_embedding import STRIP_PIXELS
-from anomalib_pedenet.kinds import ALIGNED, AUTO_SCORER, share_of_place, unaligned_kind
+from anomalib_pedenet.kinds import ALIGNED, AUTO_SCORER, NEARLY_ALIGNED, aligned_kind, share_of_place, unaligned_kind
 from anomalib_pedenet.patches import BASE_STRIDE
 from anomalib_pedenet.scales import weigh
 from anomalib_pedenet.scorers import scorer_class
-from anomalib_pedenet.scorers.position import choose_weight
+from anomalib_pedenet.scorers.position import WEIGHTS, choose_weight, measure_alignment
 from anomalib_pedenet.scoring_model import ScoringModel
 from anomalib_pedenet.tiling import to_tiles
 
@@ -145,8 +145,8 @@ class PedenetModel(ScoringModel):
         grid = self._project(grid, size)
         if self.position_weight == "auto":
             weight = 0.0
-            if self.kind is None and scorer_class(self.scorer_in_use).encodes_position:
-                weight = self._choose_position_weight(grid, size, image_size, stride)
+            if scorer_class(self.scorer_in_use).encodes_position if self.kind is None else self.kind.has_place:
+                weight = choose_weight(self._measure_alignment(grid, size, image_size, stride))
             self.position_encodings[str(size)].weight.fill_(weight)
         if self.kind is not None and self.kind.is_whitened:
             is_whole = self.tiler is None  # tiles have no place, and a defect may fill one
@@ -172,22 +172,26 @@ class PedenetModel(ScoringModel):
         grid = self._project(grids[size], size)
         weight = self.position_weight
         if weight == "auto":
-            weight = self._choose_position_weight(grid, size, image_size, stride)
-        if weight > 0 and self.tiler is None:  # tiles have no place
-            kind = ALIGNED
+            alignments = self._measure_alignment(grid, size, image_size, stride)
+            kind = aligned_kind(alignments[-1])
+            weight = choose_weight(alignments)
         else:
+            kind = ALIGNED if weight >= WEIGHTS[-1] else NEARLY_ALIGNED
+        if weight == 0 or self.tiler is not None:  # tiles have no place
             # The edge of what is hidden lies in the same place of all images, whatever they show.
             kind = unaligned_kind(share_of_place(grid, self.region.whole_patches(image_size, size, stride)))
         if kind != self.kind:
             self._use_kind(kind)
 
-    def _choose_position_weight(self, grid: torch.Tensor, size: int, image_size: tuple[int, int], stride: int) -> float:
-        """Choose the weight of the position at a scale, by embeddings ``[N, Z, h, w]``."""
+    def _measure_alignment(
+        self, grid: torch.Tensor, size: int, image_size: tuple[int, int], stride: int
+    ) -> list[float]:
+        """Measure the alignment under each weight of the position at a scale, by embeddings ``[N, Z, h, w]``."""
         if self.tiler is not None:
-            return 0.0
+            return [0.0] * len(WEIGHTS[1:])
         # The edge of what is hidden lies in the same place of all images, whatever they show.
         whole = self.region.whole_patches(image_size, size, stride)
-        return choose_weight(grid, image_size, stride, chosen=whole)
+        return measure_alignment(grid, image_size, stride, chosen=whole)
 
     @torch.no_grad()
     def fit_normal_limit(self, images: torch.Tensor) -> None:

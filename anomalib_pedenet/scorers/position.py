@@ -86,14 +86,15 @@ def measure_alignment(
     unaligned parts, whatever the dimension and the spread of the embeddings.
 
     Args:
-        grids (torch.Tensor): Embeddings ``[N, Z, h, w]`` of N normal images, two or more.
+        grids (torch.Tensor): Embeddings ``[N, Z, h, w]`` of N normal images.
         image_size (tuple[int, int]): Height and width of the images in pixels.
         stride (int): Distance between neighbouring embeddings of the grid in pixels.
         weights (Sequence[float]): Weights of the position, above 0. Defaults to those of :data:`WEIGHTS`.
         chosen (torch.Tensor | None): Patches to look at, bool ``[h, w]``. Defaults to ``None``, all.
 
     Returns:
-        list[float]: The alignment at each weight; 0 where a weight is too small to matter, or all patches look alike.
+        list[float]: The alignment at each weight; 0 where a weight is too small to matter, all
+            patches look alike, or there is one image only.
     """
     num_images, _, height, width = grids.shape
     places = encode_positions(height, width, max(image_size), stride, grids.float())
@@ -145,29 +146,17 @@ def neighbor_distance(
 
 
 def choose_weight(
-    grids: torch.Tensor,
-    image_size: tuple[int, int],
-    stride: int,
-    weights: Sequence[float] = WEIGHTS,
-    min_alignment: float = MIN_ALIGNMENT,
-    chosen: torch.Tensor | None = None,
+    alignments: Sequence[float], weights: Sequence[float] = WEIGHTS, min_alignment: float = MIN_ALIGNMENT
 ) -> float:
-    """Choose the weight of the position from normal images alone, by :func:`measure_alignment`.
+    """Choose the weight of the position.
 
     Args:
-        grids (torch.Tensor): Embeddings ``[N, Z, h, w]`` of N normal images.
-        image_size (tuple[int, int]): Height and width of the images in pixels.
-        stride (int): Distance between neighbouring embeddings of the grid in pixels.
+        alignments (Sequence[float]): Alignment at each weight but the first, see :func:`measure_alignment`.
         weights (Sequence[float]): Weights to choose from, ascending, the first 0. Defaults to :data:`WEIGHTS`.
         min_alignment (float): Alignment from which a weight is taken. Defaults to :data:`MIN_ALIGNMENT`.
-        chosen (torch.Tensor | None): Patches to look at, bool ``[h, w]``. Defaults to ``None``, all.
 
     Returns:
-        float: The largest weight at which the alignment is high enough; the first one if there is none, and for a
-            single image.
+        float: The largest weight at which the alignment is high enough; the first one if there is none.
     """
-    if len(grids) < 2:
-        return weights[0]
-    alignments = measure_alignment(grids, image_size, stride, weights[1:], chosen)
     fitting = [weight for weight, value in zip(weights[1:], alignments, strict=True) if value >= min_alignment]
     return max(fitting, default=weights[0])

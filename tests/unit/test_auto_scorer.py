@@ -14,8 +14,8 @@ from anomalib.data.utils.tiler import Tiler
 from anomalib_pedenet import PedenetModel
 from anomalib_pedenet.anomaly_map import scores_to_map
 from anomalib_pedenet.host.earlier_versions import bring_up_to_date
-from anomalib_pedenet.kinds import ALIGNED, KINDS, LOOSE, SURFACE
-from anomalib_pedenet.scorers import GaussianMixtureScorer, NearestNeighborScorer, ProbabilisticPcaScorer
+from anomalib_pedenet.kinds import ALIGNED, KINDS, LOOSE, NEARLY_ALIGNED, SURFACE, Kind
+from anomalib_pedenet.scorers import GaussianMixtureScorer, NearestNeighborScorer, ProbabilisticPcaScorer, Scorer
 from anomalib_pedenet.training.bank_building import fit_scorers
 
 LEARNED = {32: 0.49, 64: 0.81}
@@ -26,6 +26,19 @@ def aligned(count: int = 6) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     part = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 16, generator=generator), size=(96, 128))
     return part + 0.02 * torch.randn(count, 3, 96, 128, generator=generator)
+
+
+def nearly_aligned(count: int = 16) -> torch.Tensor:
+    """Images ``[N, 3, 96, 128]`` of the same part, which is moved by up to 8 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    part = torch.nn.functional.interpolate(
+        torch.rand(1, 3, 8, 10, generator=generator), size=(128, 160), mode="bilinear"
+    )
+    images = 0.02 * torch.randn(count, 3, 96, 128, generator=generator)
+    for image in images:
+        row, column = torch.randint(8, 25, (2,), generator=generator).tolist()
+        image.add_(part[0, :, row : row + 96, column : column + 128])
+    return images
 
 
 def surface(count: int = 6) -> torch.Tensor:
@@ -55,12 +68,18 @@ def loose(count: int = 8) -> torch.Tensor:
     return images
 
 
-def test_aligned_parts_are_compared_by_place_and_all_scales_are_multiplied() -> None:
-    model = fitted(aligned())
-    assert model.kind is ALIGNED
-    assert all(isinstance(scorer, ProbabilisticPcaScorer) for scorer in model.scorers.values())
+@pytest.mark.parametrize(
+    ("images", "kind", "scorer"),
+    [(aligned(), ALIGNED, ProbabilisticPcaScorer), (nearly_aligned(), NEARLY_ALIGNED, NearestNeighborScorer)],
+)
+def test_aligned_parts_are_compared_by_place_and_all_scales_are_multiplied(
+    images: torch.Tensor, kind: Kind, scorer: type[Scorer]
+) -> None:
+    model = fitted(images)
+    assert model.kind is kind
+    assert all(isinstance(one, scorer) for one in model.scorers.values())
     assert model.scale_shares == pytest.approx({16: 1.0, 24: 1.0, 32: 0.7, 64: 0.9})
-    image = aligned(7)[6:]
+    image = aligned(7)[6:] if kind is ALIGNED else nearly_aligned(17)[16:]
     log_map, log_image_map = torch.zeros(1, 1, 96, 128), torch.zeros(1, 1, 96, 128)
     in_map = {16: 1.0, 24: 16 / 24, 32: 0.7 * 16 / 32, 64: 0.9 * 16 / 64}  # fine scales count more
     for size, patches in model.patch_scores(image):
@@ -72,6 +91,21 @@ def test_aligned_parts_are_compared_by_place_and_all_scales_are_multiplied() -> 
     found = model(image)
     torch.testing.assert_close(found.anomaly_map, joined / (joined + model.normal_limit), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.pred_score, (score / (score + model.image_limit))[None], rtol=1e-4, atol=1e-5)
+
+
+def test_nearly_aligned_parts_are_compared_with_rows_of_a_bank_and_near_places_count_more() -> None:
+    model = fitted(nearly_aligned())
+    weights = {size: float(encoding.weight) for size, encoding in model.position_encodings.items()}
+    assert min(weights.values()) > 0
+    image = nearly_aligned(17)[16:]
+    for size, patches in model.patch_scores(image):
+        rows, columns = torch.meshgrid(*map(torch.arange, patches.scores.shape[1:]), indexing="ij")
+        places = torch.stack([rows, columns], dim=-1) * 8 / 128 * weights[str(size)]
+        torch.testing.assert_close(patches.embeddings[0, ..., -2:], places)
+        scorer = model.scorers[str(size)]
+        bank = scorer.bank + scorer.mean
+        apart = (patches.embeddings[0, ..., None, :] - bank).norm(dim=-1).amin(dim=-1)
+        torch.testing.assert_close(patches.scores[0], apart / scorer.typical_score, rtol=1e-3, atol=2e-3)
 
 
 def test_loose_parts_are_compared_with_whitened_rows_of_a_bank() -> None:
@@ -142,8 +176,11 @@ def test_a_surface_that_is_abnormal_all_over_is_seen(tile_size: int | None) -> N
 
 @pytest.mark.parametrize("images", [aligned(), loose(), surface()])
 def test_a_given_weight_of_the_position_decides_whether_parts_are_aligned(images: torch.Tensor) -> None:
-    assert fitted(images, position_weight=4.0).kind is ALIGNED
-    assert fitted(images, position_weight=0.0).kind is not ALIGNED
+    assert fitted(images, position_weight=32.0).kind is ALIGNED
+    model = fitted(images, position_weight=4.0)
+    assert model.kind is NEARLY_ALIGNED
+    assert {float(encoding.weight) for encoding in model.position_encodings.values()} == {4.0}
+    assert fitted(images, position_weight=0.0).kind in {LOOSE, SURFACE}
 
 
 def test_the_map_is_the_soft_maximum_of_the_scales_one_by_one() -> None:
@@ -255,7 +292,7 @@ def test_all_kinds_that_checkpoints_may_hold_score_as_they_did(number: int) -> N
     assert [kind.has_means for kind in KINDS[:5]] == [False, False, False, False, True]
     assert all(kind.kept == 1 and not kind.is_relative for kind in KINDS[:5])
     # The latter two with fewer directions; all three with another score of images; and now with sharper maps.
-    assert KINDS[10:] == (ALIGNED, replace(LOOSE, fineness=0.25), SURFACE, LOOSE)
+    assert KINDS[10:] == (ALIGNED, replace(LOOSE, fineness=0.25), SURFACE, LOOSE, NEARLY_ALIGNED)
     assert KINDS[7:10] == tuple(replace(kind, reach=1.0, fineness=0.0) for kind in KINDS[10:13])
     assert KINDS[5:7] == tuple(replace(kind, has_extent=False) for kind in KINDS[8:10])
     assert KINDS[2:7] == tuple(replace(kind, has_extent=False, reach=1.0, fineness=0.0) for kind in KINDS[2:7])
@@ -355,4 +392,4 @@ def test_tiles_are_never_aligned() -> None:
     model = PedenetModel(scorer="auto", stride=8, position_weight=4.0).eval()
     model.tiler = Tiler(tile_size=64, stride=64)
     model.calibrate(surface(), learned=LEARNED)
-    assert model.kind is not ALIGNED
+    assert model.kind is SURFACE

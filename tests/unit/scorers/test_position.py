@@ -11,7 +11,7 @@ import torch
 from anomalib.data.utils.tiler import Tiler
 
 from anomalib_pedenet import Pedenet, PedenetModel
-from anomalib_pedenet.scorers.position import WEIGHTS, PositionEncoding, choose_weight
+from anomalib_pedenet.scorers.position import WEIGHTS, PositionEncoding, choose_weight, measure_alignment
 
 
 def aligned_grids(num_images: int = 6, noise: float = 0.05) -> torch.Tensor:
@@ -43,20 +43,24 @@ def test_a_position_is_the_same_at_every_stride() -> None:
     torch.testing.assert_close(fine[..., ::4, ::4], coarse)
 
 
+def weight_of(grids: torch.Tensor) -> float:
+    return choose_weight(measure_alignment(grids, (96, 112), 8))
+
+
 def test_aligned_parts_get_the_largest_weight_and_unaligned_ones_none() -> None:
-    assert choose_weight(aligned_grids(), (96, 112), 8) == WEIGHTS[-1]
-    assert choose_weight(shuffled_grids(), (96, 112), 8) == 0
-    assert choose_weight(aligned_grids(1), (96, 112), 8) == 0
+    assert weight_of(aligned_grids()) == WEIGHTS[-1]
+    assert weight_of(shuffled_grids()) == 0
+    assert weight_of(aligned_grids(1)) == 0
 
 
 def test_high_dimensions_alone_are_no_alignment() -> None:
     """In many dimensions all distances are alike, so that looking at one place only hardly costs anything."""
     torch.manual_seed(0)
-    assert choose_weight(torch.randn(6, 256, 7, 9), (96, 112), 8) == 0
+    assert weight_of(torch.randn(6, 256, 7, 9)) == 0
 
 
 def test_equal_images_without_any_structure_get_no_weight() -> None:
-    assert choose_weight(torch.zeros(4, 8, 7, 9), (96, 112), 8) == 0
+    assert weight_of(torch.zeros(4, 8, 7, 9)) == 0
 
 
 def test_the_choice_equals_a_search_one_by_one() -> None:
@@ -82,13 +86,15 @@ def test_the_choice_equals_a_search_one_by_one() -> None:
     weights = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
     anywhere = distance(0.0, False)
     alignments = [1 - (distance(w, False) - anywhere) / (distance(w, True) - anywhere) for w in weights[1:]]
+    found = measure_alignment(grids, (96, 112), 8, weights[1:])
+    assert found == pytest.approx(alignments, abs=1e-4)
     chosen = set()
     for limit in alignments:
         expected = max(w for w, alignment in zip(weights[1:], alignments, strict=True) if alignment >= limit)
-        assert choose_weight(grids, (96, 112), 8, weights, limit - 1e-4) == expected
+        assert choose_weight(found, weights, limit - 1e-4) == expected
         chosen.add(expected)
     assert len(chosen) > 1  # else this would not tell right from wrong
-    assert choose_weight(grids, (96, 112), 8, weights, max(alignments) + 1e-4) == 0
+    assert choose_weight(found, weights, max(alignments) + 1e-4) == 0
 
 
 def test_a_large_weight_compares_with_the_same_place_only() -> None:
