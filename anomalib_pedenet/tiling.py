@@ -7,12 +7,22 @@ anomalib copies tiles one by one, which makes a graph of a hundred operations a 
 added up row by row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
-from anomalib.data.utils.tiler import Tiler, compute_new_image_size, downscale_image, upscale_image
+from anomalib.data.utils.tiler import (
+    ImageUpscaleMode,
+    Tiler,
+    compute_new_image_size,
+    downscale_image,
+    upscale_image,
+)
 from torch.nn import functional as F  # noqa: N812 - torch's custom
+
+TILES = "pedenet_tiles"
+"""Entry of a checkpoint: how its images are cut into tiles."""
 
 
 def tile(images: torch.Tensor, tiler: Tiler) -> torch.Tensor:
@@ -74,6 +84,23 @@ def from_tiles(maps: torch.Tensor, size: Sequence[int], tiler: Tiler | None) -> 
     if tiler is None:
         return maps
     return untile(maps, size, tiler) if torch.compiler.is_compiling() else tiler.untile(maps)
+
+
+def describe_tiler(tiler: Tiler | None) -> dict[str, Any] | None:
+    """Return the arguments of a tiler, for a checkpoint; ``None`` where there is none."""
+    if tiler is None:
+        return None
+    return {
+        "tile_size": (tiler.tile_size_h, tiler.tile_size_w),
+        "stride": (tiler.stride_h, tiler.stride_w),
+        "remove_border_count": tiler.remove_border_count,
+        "mode": ImageUpscaleMode(tiler.mode).value,
+    }
+
+
+def make_tiler(arguments: Mapping[str, Any] | None) -> Tiler | None:
+    """Return the tiler that :func:`describe_tiler` was given."""
+    return None if arguments is None else Tiler(**{**arguments, "mode": ImageUpscaleMode(arguments["mode"])})
 
 
 def check_tiler(tiler: Tiler, patch_size: int, has_region: bool, by_place: bool, position_weight: float) -> None:

@@ -242,7 +242,7 @@ class PedenetModel(ScoringModel):
         """
         self.check_is_fitted()
         if self.tiler is not None:
-            msg = "A model that scores tiles cannot be taught: turn tiling off."
+            msg = "A model that scores tiles cannot be taught: train one without tiles."
             raise ValueError(msg)
         for size in self.scale_shares:
             self.scorers[str(size)].check_teachable()

@@ -89,7 +89,7 @@ def find_drift(inspector: Inspector, training_images: PreparedImages, new_images
             raise ValueError(msg)
     model = inspector.model.model
     if model.tiler is not None:
-        msg = "Images are compared as a whole: turn tiling off."
+        msg = "Images are compared as a whole, but the model scores tiles: train one without tiles."
         raise ValueError(msg)
     # What is measured against must not have been learned from what is measured.
     reference, compared = (training_images.take(range(half, len(training_images), 2)) for half in (0, 1))

@@ -44,7 +44,7 @@ class NormalPatches:
             msg = f"To say what is normal takes two normal images or more, got {len(images)}."
             raise ValueError(msg)
         if model.tiler is not None:
-            msg = "Tiles have no place in the image, so that patches cannot be shown in it: turn tiling off."
+            msg = "Tiles have no place in the image, so that no patch can be shown in it: leave normal images out."
             raise ValueError(msg)
         self._model = model
         self._images = images.take(spread(len(images), _MOST_IMAGES))

@@ -3,6 +3,7 @@
 
 """A trained model on folders of images, outside anomalib's Engine."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from anomalib_pedenet.aftercare.inspection import Inspection, Truth
 from anomalib_pedenet.lightning_model import Pedenet
 from anomalib_pedenet.region import image_size_of, read_roi
 from anomalib_pedenet.training.out_of_fold import score_out_of_fold
+
+logger = logging.getLogger(__name__)
 
 
 class Inspector:
@@ -45,8 +48,11 @@ class Inspector:
         """Return images as the networks see them."""
         return PreparedImages(self.model, image_files(source))
 
-    def normal_patches(self, source: ImageSource) -> NormalPatches:
-        """Return the patches of normal images, to explain others by."""
+    def normal_patches(self, source: ImageSource) -> NormalPatches | None:
+        """Return the patches of normal images, to explain others by; ``None`` if the model scores tiles."""
+        if self.model.model.tiler is not None:
+            logger.warning("The model scores tiles, which have no place in the image: no patches are compared.")
+            return None
         return NormalPatches(self.model.model, self.prepared(source))
 
     def read_region(self, file: str | Path, images: PreparedImages) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule, Batch
+from anomalib.data.utils.tiler import Tiler
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 from anomalib_pedenet.data.image_pool import ImagePool
@@ -27,6 +28,7 @@ from anomalib_pedenet.host.fit_loop import (
 )
 from anomalib_pedenet.loss import PedenetLoss
 from anomalib_pedenet.post_processor import forget_scores, lacks_thresholds
+from anomalib_pedenet.tiling import TILES, describe_tiler, make_tiler
 from anomalib_pedenet.training.bank_hooks import PedenetBankMixin
 from anomalib_pedenet.training.held_back import HeldBack, hold_back
 from anomalib_pedenet.training.pace import Pace, precisions_to_try, ways
@@ -50,6 +52,7 @@ class PedenetTrainingMixin(PedenetBankMixin):
     """
 
     loss: PedenetLoss
+    _loaded_tiler: Tiler | None = None  # that of a checkpoint, where a callback has set none
 
     def _forget_training(self) -> None:
         """Put all that belongs to one training back to its start."""
@@ -60,6 +63,8 @@ class PedenetTrainingMixin(PedenetBankMixin):
         self._guard: StepGuard | None = None
         self._step: TrainingStep | None = None
         self._origin: dict[str, Any] | None = None
+        if self.model.tiler is self._loaded_tiler:
+            self.model.tiler = self._loaded_tiler = None
         self._held_back: HeldBack | None = None
         self._last_metrics: dict[str, torch.Tensor] = {}  # means over the latest batch's steps
         self._pace: Pace | None = None
@@ -326,6 +331,7 @@ class PedenetTrainingMixin(PedenetBankMixin):
     def _training_entries(self) -> dict[str, Any]:
         """Return a checkpoint's entries of the training at hand."""
         entries: dict[str, Any] = {ORIGIN: self._origin, SHORTENED: self._schedule.shortened_to}
+        entries[TILES] = describe_tiler(self.model.tiler)
         if self._pool is not None:
             entries[TRAINING] = Resuming.state(
                 self.trainer,
@@ -342,3 +348,5 @@ class PedenetTrainingMixin(PedenetBankMixin):
         self._resuming.loaded = checkpoint.get(TRAINING)
         self._origin = checkpoint.get(ORIGIN)
         self._schedule.shortened_to = checkpoint.get(SHORTENED)
+        if self.model.tiler is self._loaded_tiler:  # else a callback has set another
+            self.model.tiler = self._loaded_tiler = make_tiler(checkpoint.get(TILES))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from anomalib.callbacks.tiler_configuration import TilerConfigurationCallback
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from PIL import Image
@@ -104,6 +105,42 @@ def test_an_inspection_is_what_anomalib_predicts(trained: tuple[Engine, Path], s
         np.testing.assert_allclose(one.anomaly_map, anomaly_map.squeeze().numpy(), atol=1e-6)
         assert one.image.shape == (*one.anomaly_map.shape, 3)
         assert one.image[60, 70].tolist() == [240, 240, 240]  # the square, in its place
+
+
+def test_a_model_that_was_trained_with_tiles_is_inspected_with_them(
+    stripes: Path, dataset_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiles = TilerConfigurationCallback(enable=True, tile_size=[96, 64], stride=[48, 48], remove_border_count=1)
+    engine = Engine(default_root_dir=tmp_path, enable_progress_bar=False, callbacks=[tiles])
+    datamodule = MVTecAD(root=dataset_root, category="stripes", train_batch_size=3, num_workers=0)
+    model = Pedenet(image_size=(144, 160), max_steps=6, steps_per_image=1, crops_per_step=1, bank_size=500)
+    engine.fit(model, datamodule=datamodule)
+    checkpoint = Path(engine.best_model_path)
+    source = stripes / "test/square"
+    expected = {
+        prediction.image_path[0]: float(prediction.pred_score)
+        for prediction in engine.predict(model, data_path=source, ckpt_path=checkpoint)
+    }
+    inspector = Inspector(checkpoint)
+    tiler = inspector.model.model.tiler
+    assert (tiler.tile_size_h, tiler.tile_size_w, tiler.stride_h, tiler.stride_w) == (96, 64, 48, 48)
+    assert tiler.remove_border_count == 1
+    patches = inspector.normal_patches(stripes / "train/good")
+    assert patches is None
+    assert "no patches are compared" in caplog.text
+    found = {str(inspection.path): inspection.score for inspection in inspector.inspect(source, None, patches)}
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert list(inspector.inspect_training_images(stripes / "train/good"))
+    calibrate_checkpoint(checkpoint, 0.25, training_images=stripes / "train/good")
+    assert Inspector(checkpoint).model.model.tiler is not None
+    many = [stripes / "train", stripes / "test"]
+    with pytest.raises(ValueError, match="the model scores tiles: train one without"):
+        find_drift(inspector, inspector.prepared(many), inspector.prepared(many))
+    # Another callback's tiles stay, and a training without any begins without.
+    other = Pedenet.load_from_checkpoint(checkpoint)
+    assert other.model.tiler is not None
+    Engine(default_root_dir=tmp_path, enable_progress_bar=False, max_steps=1).fit(other, datamodule=datamodule)
+    assert other.model.tiler is None
 
 
 @with_both_scorers

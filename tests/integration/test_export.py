@@ -34,8 +34,8 @@ from anomalib_pedenet.networks import SMALL_CHANNELS
 def trained(dataset_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Path]:
     root = tmp_path_factory.mktemp("results")
     datamodule = MVTecAD(root=dataset_root, category="stripes", train_batch_size=3, num_workers=0)
-    # Of nearly aligned parts, with such a weight of the position, squares in the memory bank are hundreds: the hard case
-    # of low precision.
+    # With such a weight of the position, of nearly aligned parts, squares in the memory bank are hundreds: the hard
+    # case of low precision.
     model = Pedenet(image_size=(144, 160), max_steps=6, steps_per_image=1, crops_per_step=1, position_weight=31.0)
     engine = Engine(default_root_dir=root, enable_progress_bar=False)
     engine.fit(model, datamodule=datamodule)

@@ -102,7 +102,7 @@ def test_what_cannot_be_taught_is_refused() -> None:
         PedenetModel().teach([torch.rand(1, 3, 96, 128)], limit=0.5)
     model, images = fitted("exact")
     model.tiler = Tiler(tile_size=(96, 64), stride=(96, 64))
-    with pytest.raises(ValueError, match="turn tiling off"):
+    with pytest.raises(ValueError, match="train one without tiles"):
         model.teach(images.split(1), limit=0.5)
     model, images = fitted("svdd")
     with pytest.raises(NotImplementedError, match="SvddScorer cannot be taught"):
