@@ -25,7 +25,7 @@ Combination = Literal["auto", "product", "mean"]
 JoinWay = Literal["soft maximum", "product", "mean"]
 
 # Least spread of normal images' highest scores, as a fraction of that of all their pixels' scores.
-_LEAST_SPREAD = 0.05
+_LEAST_SPREAD = 0.1
 
 
 def averaging_matrix(
@@ -231,5 +231,5 @@ def measure_normal(scale: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.T
     pixels = torch.cat([scores.flatten() for scores in scale])
     highest = torch.stack([scores.max() for scores in scale])
     spread = highest.std() if len(highest) > 1 else pixels.std()
-    # Few images may be alike in their highest score, by chance or because they are the same.
+    # Images may be alike in their highest score: few of them by chance, and all where rows of a bank lie as far apart.
     return pixels.mean(), spread.clamp(min=_LEAST_SPREAD * pixels.std()).clamp(min=1e-6)

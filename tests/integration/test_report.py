@@ -81,6 +81,15 @@ def test_a_difference_of_methods_has_its_interval(report: ModuleType) -> None:
     assert report.difference_table(rows, "X", "Z") is None
 
 
+def test_the_joint_loss_is_ours_on_the_sets_of_single_losses(report: ModuleType) -> None:
+    rows = make_rows(report)
+    single = rows[rows["category"] == "c"].head(1).assign(method="L_LPN alone", table="losses", pixel_AUROC=0.75)
+    losses = report.losses_of(pd.concat([rows, single]))
+    found = losses[["category", "method", "pixel_AUROC"]].to_numpy().tolist()
+    assert found == [["c", report.JOINT, 1.0], ["c", "L_LPN alone", 0.75]]
+    assert report.losses_of(rows).empty
+
+
 def test_a_page_shows_what_there_is(report: ModuleType, tmp_path: Path) -> None:
     """Without maps and curves it has none; with them it has, but of images that are not free to publish."""
     rows, out, docs = make_rows(report), tmp_path / "out", tmp_path / "docs"

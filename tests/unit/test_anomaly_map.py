@@ -10,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_pedenet.anomaly_map import averaging_matrix, combine_maps, image_scores, scores_to_map, soft_maximum
+from anomalib_pedenet.anomaly_map import (
+    averaging_matrix,
+    combine_maps,
+    image_scores,
+    measure_normal,
+    scores_to_map,
+    soft_maximum,
+)
 from anomalib_pedenet.patches import grid_size
 
 
@@ -192,6 +199,18 @@ def test_the_soft_maximum_is_close_above_the_largest_scale_and_never_negative(se
     assert constant.max() <= lift + math.log(scales) + 1e-3
     zeros = [torch.zeros_like(scores) for scores in maps]
     assert soft_maximum(zeros, offsets, spreads, weights).min() >= 0
+
+
+@pytest.mark.parametrize(("apart", "expected"), [(0.5, 0.5), (0.02, 0.1), (0.0, 0.1)])
+def test_a_scales_spread_is_that_of_the_highest_scores_or_a_tenth_of_all(apart: float, expected: float) -> None:
+    """Two images whose highest scores lie so far apart, in units of all pixels' standard deviation."""
+    torch.manual_seed(0)
+    scores = torch.randn(2, 10_000)
+    for image, highest in zip(scores, (6.0, 6.0 + apart * 2**0.5), strict=True):
+        image[0] = highest
+    offset, spread = measure_normal(list(scores))
+    assert float(offset) == pytest.approx(float(scores.mean()), abs=1e-6)
+    assert float(spread) == pytest.approx(expected * float(scores.std()), rel=0.02)
 
 
 def test_the_soft_maximum_does_not_overflow() -> None:
