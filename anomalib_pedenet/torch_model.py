@@ -15,7 +15,15 @@ from torch.nn.functional import max_pool2d
 
 from anomalib_pedenet.anomaly_map import measure_normal
 from anomalib_pedenet.dense_embedding import STRIP_PIXELS
-from anomalib_pedenet.kinds import ALIGNED, AUTO_SCORER, NEARLY_ALIGNED, aligned_kind, share_of_place, unaligned_kind
+from anomalib_pedenet.kinds import (
+    ALIGNED,
+    AUTO_SCORER,
+    NEARLY_ALIGNED,
+    Kind,
+    aligned_kind,
+    share_of_place,
+    unaligned_kind,
+)
 from anomalib_pedenet.patches import BASE_STRIDE
 from anomalib_pedenet.scales import weigh
 from anomalib_pedenet.scorers import scorer_class
@@ -144,9 +152,9 @@ class PedenetModel(ScoringModel):
         self._fit_projection(size, grid, image_size, stride)
         grid = self._project(grid, size)
         if self.position_weight == "auto":
-            weight = 0.0
-            if scorer_class(self.scorer_in_use).encodes_position if self.kind is None else self.kind.has_place:
-                weight = choose_weight(self._measure_alignment(grid, size, image_size, stride))
+            of_scorer = scorer_class(self.scorer_in_use).encodes_position
+            has_place = of_scorer if self.kind is None else self.kind.has_place
+            weight = choose_weight(self._measure_alignment(grid, size, image_size, stride)) if has_place else 0.0
             self.position_encodings[str(size)].weight.fill_(weight)
         if self.kind is not None and self.kind.is_whitened:
             is_whole = self.tiler is None  # tiles have no place, and a defect may fill one
@@ -170,18 +178,21 @@ class PedenetModel(ScoringModel):
         size = smallest if smallest in grids else max(grids)
         self._fit_projection(size, grids[size], image_size, stride)
         grid = self._project(grids[size], size)
-        weight = self.position_weight
-        if weight == "auto":
-            alignments = self._measure_alignment(grid, size, image_size, stride)
-            kind = aligned_kind(alignments[-1])
-            weight = choose_weight(alignments)
-        else:
-            kind = ALIGNED if weight >= WEIGHTS[-1] else NEARLY_ALIGNED
-        if weight == 0 or self.tiler is not None:  # tiles have no place
+        kind = self._aligned_kind(grid, size, image_size, stride)
+        if kind is None:
             # The edge of what is hidden lies in the same place of all images, whatever they show.
             kind = unaligned_kind(share_of_place(grid, self.region.whole_patches(image_size, size, stride)))
         if kind != self.kind:
             self._use_kind(kind)
+
+    def _aligned_kind(self, grid: torch.Tensor, size: int, image_size: tuple[int, int], stride: int) -> Kind | None:
+        """Return the kind of images whose parts are aligned, or nearly; ``None`` if they are not, and of tiles."""
+        if self.tiler is not None or self.position_weight == 0:
+            return None
+        if self.position_weight != "auto":
+            return ALIGNED if self.position_weight >= WEIGHTS[-1] else NEARLY_ALIGNED
+        alignments = self._measure_alignment(grid, size, image_size, stride)
+        return aligned_kind(alignments[-1]) if choose_weight(alignments) > 0 else None
 
     def _measure_alignment(
         self, grid: torch.Tensor, size: int, image_size: tuple[int, int], stride: int

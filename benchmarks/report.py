@@ -253,7 +253,7 @@ def loss_bars(rows: pd.DataFrame, path: Path) -> None:
     figures = rows.groupby(["category", "method"], sort=False)["pixel_AUROC"].agg(["mean", "std"]).unstack()
     means, deviations = (figures[name][rows["method"].unique()] for name in ("mean", "std"))
     figure, (axes,) = _make_figure(1)
-    means.plot.bar(ax=axes, yerr=deviations.fillna(0), capsize=3, rot=0, legend=False)
+    means.plot.bar(ax=axes, yerr=deviations.fillna(0), capsize=3, rot=30, legend=False)
     lowest = float((means - deviations.fillna(0)).min(axis=None)) - 0.02
     axes.set(xlabel="", ylabel="pixel AUROC", ylim=(min(0.5, lowest), 1))
     _save(figure, path)

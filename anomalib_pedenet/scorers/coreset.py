@@ -192,7 +192,7 @@ class KMeansCoreset(_PoolCoreset):
             len(pool),
             time.monotonic() - start,
         )
-        return torch.from_numpy(kmeans.cluster_centers_).to(self.rows.dtype)
+        return torch.from_numpy(kmeans.cluster_centers_).to(pool.dtype)
 
 
 def farthest_rows(
