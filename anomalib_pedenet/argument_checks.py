@@ -33,7 +33,7 @@ _FIXED = ("image_size", "patch_sizes", "model_size", "embedding_dim", "num_compo
 # Arguments that only choose between networks: what their values mean to those.
 _CHOOSE_NETWORKS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "lambda_syn": lambda hparams: hparams["lambda_syn"] > 0,
-    "density_loss": lambda hparams: hparams["density_loss"] == "whitened",
+    "lambda_den": lambda hparams: hparams["lambda_den"] > 0,
 }
 _OF_A_WHOLE_TRAINING = ("seed", "learning_rate", "lr_schedule")
 _OF_THE_BANK = ("roi", "scored_sizes", "scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight")
@@ -169,7 +169,7 @@ def make_model(hparams: Any) -> PedenetModel:  # noqa: ANN401 - Lightning's, whi
             batch_norm=hparams.batch_norm,
             model_size=hparams.model_size,
             defect_prediction=_CHOOSE_NETWORKS["lambda_syn"](hparams),
-            whitened_density=_CHOOSE_NETWORKS["density_loss"](hparams),
+            density_estimation=_CHOOSE_NETWORKS["lambda_den"](hparams),
         )
 
 

@@ -64,9 +64,9 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
     """PEDENet: anomaly localisation by patch embedding and density estimation, trained from scratch.
 
     A patch embedding network learns, from normal images alone, to tell where a patch's neighbour lies (location
-    prediction) and to make its embeddings dense under a Gaussian mixture (density estimation). A patch is scored by how
-    far its embedding is from those of the normal images: from those of its place where parts are aligned, from the
-    nearest one in a memory bank where parts lie loosely, and by a mixture of Gaussians on surfaces. A pixel is scored
+    prediction), and which patches have a drawn defect. A patch is scored by how far its embedding is from those of the
+    normal images: from those of its place where parts are aligned, from the nearest one in a memory bank where parts
+    lie loosely, and by its density under a mixture of Gaussians on surfaces. A pixel is scored
     by the mean over the patches whose middle covers it, an image by its highest pixel and the mean of all.
 
     Args:
@@ -95,11 +95,11 @@ class Pedenet(PedenetTrainingMixin, PedenetExportMixin, PedenetCheckpointMixin, 
             parts, with whitened embeddings; and ``"gaussian_mixture"`` for surfaces, less the means of the image and of
             each place. Nearest neighbour:
             ``"exact"``, ``"local"`` (same place of the image only), or with faiss ``"faiss_flat"``, ``"faiss_ivf"``,
-            ``"faiss_hnsw"``, ``"faiss_pq"``. Densities: ``"gaussian_mixture"`` (48 Gaussians), ``"density"`` (the DE
-            network's mixture), ``"mahalanobis"`` (a Gaussian for each place), ``"ppca"`` (likewise, of four
-            directions). One-class models: ``"ocsvm"``, ``"svdd"``. With arguments: a ``class_path`` (a name, or the
-            path of a subclass of ``anomalib_pedenet.scorers.Scorer``) and ``init_args``. ``None`` for a loaded
-            checkpoint's, else ``"auto"``. Defaults to ``None``.
+            ``"faiss_hnsw"``, ``"faiss_pq"``. Densities: ``"gaussian_mixture"`` (48 Gaussians), ``"density"`` (the
+            density estimation network's mixture, or one Gaussian if there is none), ``"mahalanobis"`` (a Gaussian for
+            each place), ``"ppca"`` (likewise, of four directions). One-class models: ``"ocsvm"``, ``"svdd"``. With
+            arguments: a ``class_path`` (a name, or the path of a subclass of ``anomalib_pedenet.scorers.Scorer``) and
+            ``init_args``. ``None`` for a loaded checkpoint's, else ``"auto"``. Defaults to ``None``.
         bank_size (float): Largest number of rows of each scale's memory bank, chosen from the embeddings of all
             training images; below 1, as a fraction of them (0.1: a tenth). Memory, export size and search time grow
             with it. Defaults to ``5_000``.

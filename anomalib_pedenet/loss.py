@@ -7,8 +7,8 @@
 mixture of their batch, the cross-entropy of location prediction, and a regulariser that keeps the covariances away
 from singular ones.
 
-As printed, L_DEN falls as all embeddings draw together. By default they are whitened before their density is estimated
-(:mod:`anomalib_pedenet.whitened_density`), and it counts as far as location prediction has learned at that scale.
+L_DEN and L_reg are left out of default trainings (``lambda_den`` is 0). They fall as all embeddings draw together,
+those of defects too, and none of their weights finds more defects.
 
 ``+ lambda_var L_var`` is not in the paper. While location prediction is still at chance, as it is for long on uniform
 textures, its loss is lowest when all embeddings are equal, so it drives them there and never learns. VICReg's variance
@@ -36,13 +36,12 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_pedenet.mixture import CovarianceType, GaussianMixture, estimate_mixture, log_density
-from anomalib_pedenet.whitened_density import WhitenedMixture, whitened_density_loss
 
-DensityLossType = Literal["whitened", "dagmm", "paper"]
+DensityLossType = Literal["dagmm", "paper"]
 
 
-def density_loss(log_densities: torch.Tensor, reading: Literal["dagmm", "paper"] = "dagmm") -> torch.Tensor:
-    """Density estimation loss L_DEN (Eq. 9) in the paper's readings.
+def density_loss(log_densities: torch.Tensor, reading: DensityLossType = "dagmm") -> torch.Tensor:
+    """Density estimation loss L_DEN (Eq. 9), in either reading.
 
     As printed, Eq. 9 is ``-(1/N) log sum_i P(z_i)``, the logarithm of the sum. DAGMM, which the paper follows, has
     ``-(1/N) sum_i log P(z_i)``, the mean negative log likelihood.
@@ -169,8 +168,7 @@ class PedenetLoss(nn.Module):
         lambda_den (float): Weight lambda_1 of L_DEN; 0 leaves the term out (Table 4, "L_LPN only").
         lambda_lpn (float): Weight lambda_2 of L_LPN; 0 leaves the term out (Table 4, "L_DEN only").
         lambda_reg (float): Weight lambda_3 of L_reg, which belongs to the paper's L_DEN and is left out with it.
-        reading (DensityLossType): ``"whitened"`` for :func:`.whitened_density_loss`, times what :func:`share_to_learn`
-            leaves unless L_LPN is left out; otherwise the reading of Eq. 9, see :func:`density_loss`.
+        reading (DensityLossType): Reading of Eq. 9, see :func:`density_loss`.
         covariance_type (CovarianceType): Covariances of the mixture, ``"diag"`` or ``"full"``.
         covariance_jitter (float): Added to the covariances' diagonals.
         lambda_var (float): Weight of L_var; 0 leaves the term out, as in the paper.
@@ -212,6 +210,12 @@ class PedenetLoss(nn.Module):
         self.lambda_syn = lambda_syn
         self.lambda_svdd = lambda_svdd
 
+    @property
+    def shown_terms(self) -> list[str]:
+        """Short names of the terms that are worth watching, of those that count: location, defects, density."""
+        weights = {"lpn": self.lambda_lpn, "syn": self.lambda_syn, "den": self.lambda_den, "reg": self.lambda_den}
+        return [name for name, weight in weights.items() if weight > 0]
+
     def effective_lambda_syn(self, location: torch.Tensor) -> float | torch.Tensor:
         """Return the weight that L_syn has beside a location prediction loss.
 
@@ -223,38 +227,10 @@ class PedenetLoss(nn.Module):
         """
         return self.lambda_syn * (share_to_learn(location) if self.lambda_lpn > 0 else 1.0)
 
-    def effective_lambda_den(self, location: torch.Tensor) -> float | torch.Tensor:
-        """Return the weight that L_DEN has beside a location prediction loss: less, if whitened, the less it learned.
-
-        Args:
-            location (torch.Tensor): L_LPN of the step in nats, scalar.
-
-        Returns:
-            float | torch.Tensor: ``lambda_den``, times what :func:`share_to_learn` leaves of 1 if ``reading`` is
-                ``"whitened"`` and L_LPN is not left out.
-        """
-        is_free = self.reading != "whitened" or self.lambda_lpn == 0
-        return self.lambda_den * (1.0 if is_free else 1 - share_to_learn(location))
-
-    def _density(
-        self, embeddings: torch.Tensor, responsibilities: torch.Tensor | WhitenedMixture | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return L_DEN and L_reg."""
-        if self.reading == "whitened":
-            if not isinstance(responsibilities, WhitenedMixture):
-                msg = "The whitened L_DEN needs a WhitenedDensityEstimationNetwork's estimate, not responsibilities."
-                raise TypeError(msg)
-            return whitened_density_loss(responsibilities), embeddings.new_zeros(())
-        if not isinstance(responsibilities, torch.Tensor):
-            msg = f"The reading {self.reading!r} of L_DEN needs responsibilities, ``[N, K]``."
-            raise TypeError(msg)
-        mixture = estimate_mixture(embeddings, responsibilities.float(), self.covariance_type, self.covariance_jitter)
-        return density_loss(log_density(embeddings, mixture), self.reading), covariance_regularization(mixture)
-
     def forward(
         self,
         embeddings: torch.Tensor,
-        responsibilities: torch.Tensor | WhitenedMixture | None,
+        responsibilities: torch.Tensor | None,
         logits: torch.Tensor,
         directions: torch.Tensor,
         density_scale: float | torch.Tensor = 1.0,
@@ -266,9 +242,8 @@ class PedenetLoss(nn.Module):
 
         Args:
             embeddings (torch.Tensor): Embeddings for the density, ``[N, Z]``.
-            responsibilities (torch.Tensor | WhitenedMixture | None): Output of the DE network for them, ``[N, K]``; for
-                the reading ``"whitened"``, its :meth:`~.WhitenedDensityEstimationNetwork.estimate`. Not needed if
-                ``lambda_den`` is 0.
+            responsibilities (torch.Tensor | None): Output of the DE network for them, ``[N, K]``. Needed if
+                ``lambda_den`` is above 0.
             logits (torch.Tensor): Output of the LP network for M pairs, ``[M, 8]``.
             directions (torch.Tensor): True neighbours of the pairs, ``[M]``, int64 in 0..7.
             density_scale (float | torch.Tensor): Factor on lambda_1 and lambda_3, in [0, 1], for their warm-up.
@@ -282,7 +257,8 @@ class PedenetLoss(nn.Module):
             LossTerms: Weighted total and unweighted terms. A term whose weight is 0 is 0.
 
         Raises:
-            ValueError: If ``lambda_syn`` is above 0 and there are no drawn defects, or ``lambda_svdd`` and no pairs.
+            ValueError: If the weight of a term is above 0 that lacks what it needs: ``lambda_den``, ``lambda_syn`` or
+                ``lambda_svdd``.
         """
         zero = embeddings.new_zeros(())
         location = location_loss(logits.float(), directions) if self.lambda_lpn > 0 else zero
@@ -292,7 +268,13 @@ class PedenetLoss(nn.Module):
             embeddings = embeddings.float()
             variance = variance_loss(embeddings, self.min_std) if self.lambda_var > 0 else zero
             if self.lambda_den > 0:
-                density, regularization = self._density(embeddings, responsibilities)
+                if responsibilities is None:
+                    msg = "lambda_den is above 0, but there is no mixture: pass responsibilities."
+                    raise ValueError(msg)
+                shares = responsibilities.float()
+                mixture = estimate_mixture(embeddings, shares, self.covariance_type, self.covariance_jitter)
+                density = density_loss(log_density(embeddings, mixture), self.reading)
+                regularization = covariance_regularization(mixture)
         synthetic = zero
         if self.lambda_syn > 0:
             if defect_logits is None or defect_labels is None:
@@ -307,7 +289,7 @@ class PedenetLoss(nn.Module):
             compactness = compactness_loss(jittered[0].float(), jittered[1].float())
         total = (
             self.lambda_lpn * location
-            + density_scale * (self.effective_lambda_den(location) * density + self.lambda_reg * regularization)
+            + density_scale * (self.lambda_den * density + self.lambda_reg * regularization)
             + self.lambda_var * variance
             + self.effective_lambda_syn(location) * synthetic
             + self.lambda_svdd * compactness

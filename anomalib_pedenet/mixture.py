@@ -12,14 +12,11 @@ References:
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
 CovarianceType = Literal["diag", "full"]
-
-# A component that fewer embeddings choose is drawn to mean 0, with next to no variance.
-_MIN_WEIGHT = 1e-4
 
 
 @dataclass(frozen=True)
@@ -90,42 +87,6 @@ def estimate_mixture(
     return GaussianMixture(weights, means, covariances)
 
 
-class Moments(NamedTuple):
-    """Means over embeddings of what a mixture is estimated from: of gamma_k, gamma_k z, and gamma_k z z^T.
-
-    Attributes:
-        weights (torch.Tensor): ``[K]``.
-        firsts (torch.Tensor): ``[K, Z]``.
-        seconds (torch.Tensor): ``[K, Z, Z]``.
-    """
-
-    weights: torch.Tensor
-    firsts: torch.Tensor
-    seconds: torch.Tensor
-
-    @classmethod
-    def of(cls, embeddings: torch.Tensor, responsibilities: torch.Tensor) -> "Moments":
-        """Return the moments of embeddings z, ``[N, Z]``, with responsibilities gamma, ``[N, K]``."""
-        weighted = responsibilities[..., None] * embeddings[:, None]  # [N, K, Z]
-        seconds = torch.einsum("nky,nz->kyz", weighted, embeddings) / len(embeddings)
-        return cls(responsibilities.mean(dim=0), weighted.mean(dim=0), seconds)
-
-    def mixture(self, jitter: float) -> GaussianMixture:
-        """Return the mixture that has these moments (Eqs. 3 to 5), with full covariances.
-
-        Args:
-            jitter (float): Added to the diagonal of every covariance.
-
-        Returns:
-            GaussianMixture: Parameters phi, mu and Sigma; differentiable.
-        """
-        counts = self.weights.clamp(min=_MIN_WEIGHT)
-        means = self.firsts / counts[:, None]
-        covariances = self.seconds / counts[:, None, None] - means[:, :, None] * means[:, None, :]
-        eye = torch.eye(means.shape[1], dtype=means.dtype, device=means.device)
-        return GaussianMixture(counts / counts.sum(), means, covariances + jitter * eye)
-
-
 def log_density(embeddings: torch.Tensor, mixture: GaussianMixture) -> torch.Tensor:
     """Log density of embeddings under a Gaussian mixture (logarithm of Eq. 6).
 
@@ -149,13 +110,9 @@ def log_density(embeddings: torch.Tensor, mixture: GaussianMixture) -> torch.Ten
         log_determinant = covariances.log().sum(dim=-1)  # [K]
     else:
         factor, info = torch.linalg.cholesky_ex(covariances)  # Sigma = L L^T, [K, Z, Z]
-        # A graph that is being recorded must not ask whether that went well.
-        is_recorded = torch.compiler.is_compiling() or (
-            covariances.is_cuda and torch.cuda.is_current_stream_capturing()
-        )
         # Of embeddings that are not finite, neither are the covariances nor what is returned.
         is_singular = (info > 0) & covariances.isfinite().all(dim=-1).all(dim=-1)
-        if not is_recorded and bool(is_singular.any()):
+        if bool(is_singular.any()):
             msg = (
                 f"The covariances of components {torch.nonzero(is_singular).flatten().tolist()} are not positive "
                 "definite, because those components hold too few or identical embeddings. Raise covariance_jitter, "

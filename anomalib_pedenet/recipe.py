@@ -46,12 +46,12 @@ class Recipe:
         num_components (int): Number K of Gaussian mixture components. Defaults to ``10``.
         batch_norm (bool): Whether batch normalisation follows the small encoder's convolutions. The paper mentions
             none, but surfaces hardly train without it. Defaults to ``True``.
-        lambda_den (float): Weight lambda_1 of the density loss L_DEN. Defaults to ``1e-2``. Other readings of
-            ``density_loss`` than the default make all embeddings equal (collapse) with such a weight: the paper's
-            presets have ``1e-4``.
+        lambda_den (float): Weight lambda_1 of the density loss L_DEN, for which there is then a density estimation
+            network. Large weights such as 1e-2 make all embeddings equal (collapse); the paper's presets have ``1e-4``.
+            Defaults to ``0`` (left out), because no weight finds more defects.
         lambda_lpn (float): Weight lambda_2 of the location prediction loss L_LPN. Defaults to ``1.0``.
-        lambda_reg (float): Weight lambda_3 of the covariance regularisation L_reg, which the whitened density loss does
-            without. Defaults to ``1e-7``.
+        lambda_reg (float): Weight lambda_3 of the covariance regularisation L_reg, which goes with L_DEN. Defaults to
+            ``1e-7``.
         lambda_var (float): Weight of the variance loss L_var, which keeps embeddings from becoming equal while location
             prediction has not learned anything yet; the paper has none (0). Defaults to ``1.0``.
         min_std (float): Standard deviation of the embeddings (in -1..1) below which L_var acts. Defaults to ``0.25``.
@@ -60,15 +60,12 @@ class Recipe:
             times ``min(1, L_LPN / log 8)^2``. The paper has none (0). Defaults to ``1.0``.
         lambda_svdd (float): Weight of the compactness loss L_SVDD', which Patch-SVDD has in place of L_DEN: patches a
             pixel or two apart are to have the same embedding. Its authors take ``1e-3``. Defaults to ``0`` (left out).
-        density_loss (str): ``"whitened"`` estimates the density of embeddings whose covariance is 1, so that shrinking
-            gains nothing, and counts as far as location prediction has learned: times
-            ``1 - min(1, L_LPN / log 8)^2``. Others are readings of Eq. 9: ``"dagmm"`` (mean of the logarithms) or
-            ``"paper"`` (logarithm of the sum, as printed). Defaults to ``"whitened"``.
+        density_loss (str): Reading of Eq. 9: ``"dagmm"`` (mean of the logarithms) or ``"paper"`` (logarithm of the sum,
+            as printed). Defaults to ``"dagmm"``.
         density_warmup (float): Fraction of the training before L_DEN and L_reg set in; over the same fraction again
             they rise to full weight. Without it they shrink embeddings that have not learned anything yet.
             Defaults to ``0.25``.
-        covariance_type (str): Covariances of Eq. 9's mixture, ``"diag"`` or ``"full"``. Whitened ones are full.
-            Defaults to ``"diag"``.
+        covariance_type (str): Covariances of Eq. 9's mixture, ``"diag"`` or ``"full"``. Defaults to ``"diag"``.
         covariance_jitter (float): Added to the diagonals of Eq. 9's covariances. Defaults to ``1e-3``.
         cuda_graph (bool): Whether steps on a GPU are recorded and launched as a whole, which takes a fraction of the
             time. Several processes, Eq. 9's full covariances and patch-by-patch training do without. Defaults to
@@ -76,7 +73,7 @@ class Recipe:
 
     Examples:
         >>> from anomalib_pedenet import Pedenet
-        >>> model = Pedenet(recipe=Recipe(lambda_den=0.0))
+        >>> model = Pedenet(recipe=Recipe(lambda_den=1e-4))
     """
 
     training_mode: TrainingMode = "dense"
@@ -93,14 +90,14 @@ class Recipe:
     embedding_dim: int = 64
     num_components: int = 10
     batch_norm: bool = True
-    lambda_den: float = 1e-2
+    lambda_den: float = 0.0
     lambda_lpn: float = 1.0
     lambda_reg: float = 1e-7
     lambda_var: float = 1.0
     min_std: float = 0.25
     lambda_syn: float = 1.0
     lambda_svdd: float = 0.0
-    density_loss: DensityLossType = "whitened"
+    density_loss: DensityLossType = "dagmm"
     density_warmup: float = 0.25
     covariance_type: CovarianceType = "diag"
     covariance_jitter: float = 1e-3

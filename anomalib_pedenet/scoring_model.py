@@ -36,7 +36,6 @@ from anomalib_pedenet.scorers.position import PositionEncoding
 from anomalib_pedenet.scorers.projection import PrincipalProjection
 from anomalib_pedenet.scorers.whitening import Whitening
 from anomalib_pedenet.tiling import check_tiler, from_tiles, to_tiles
-from anomalib_pedenet.whitened_density import WhitenedDensityEstimationNetwork
 
 
 class PatchScores(NamedTuple):
@@ -55,9 +54,9 @@ class ScoringModel(nn.Module):
     """PEDENet: the networks, a scorer for each scale, and the anomaly map.
 
     Arguments are those of :class:`anomalib_pedenet.Pedenet` and its recipe, which explain them. Others are ``seed``, of
-    the scorers; ``defect_prediction``, whether there is a network at each scale to be trained on drawn defects; and
-    ``whitened_density``, whether density estimation networks see whitened embeddings. The scorer is by default the
-    paper's, ``"exact"``.
+    the scorers; and ``defect_prediction`` and ``density_estimation``, whether there is a network at each scale to be
+    trained on drawn defects, and one to estimate the density of embeddings. The scorer is by default the paper's,
+    ``"exact"``.
 
     Attributes:
         normal_limit (torch.Tensor): Highest score of normal images' pixels, in units of a normal patch's typical score,
@@ -92,7 +91,7 @@ class ScoringModel(nn.Module):
         batch_norm: bool = True,
         defect_prediction: bool = False,
         model_size: ModelSize = "small",
-        whitened_density: bool = False,
+        density_estimation: bool = False,
     ) -> None:
         super().__init__()
         self.patch_sizes = tuple(sorted(patch_sizes))
@@ -113,7 +112,7 @@ class ScoringModel(nn.Module):
         filters = SMALL_CHANNELS[model_size]
         network = PatchEmbeddingNetwork(embedding_dim, filters, batch_norm=batch_norm, patch_sizes=self.patch_sizes)
         self.embedding_network = network.to(memory_format=torch.channels_last)
-        self._make_networks_of_training(num_components, defect_prediction, whitened_density)
+        self._make_networks_of_training(num_components if density_estimation else 0, defect_prediction)
         self.projections = nn.ModuleDict()
         for size in set(self.scored_sizes) & set(MID_LEVEL_SIZES):
             channels = network.mid_level_channels(size)
@@ -138,18 +137,14 @@ class ScoringModel(nn.Module):
         # What each trained scale has learned, from 0 to 1; NaN where that is not known.
         self.register_buffer("learned", torch.full((len(self.patch_sizes),), math.nan))
 
-    def _make_networks_of_training(self, num_components: int, defect_prediction: bool, whitened_density: bool) -> None:
+    def _make_networks_of_training(self, num_components: int, defect_prediction: bool) -> None:
         """Make the networks that only training needs, but for the scorer ``density``: one of each for every scale."""
-        density = WhitenedDensityEstimationNetwork if whitened_density else DensityEstimationNetwork
-        self.density_networks = nn.ModuleDict(
-            {str(size): density(num_components, self.embedding_dim) for size in self.patch_sizes}
-        )
-        self.location_networks = nn.ModuleDict(
-            {str(size): LocationPredictionNetwork(self.embedding_dim) for size in self.patch_sizes}
-        )
-        self.defect_networks = nn.ModuleDict(
-            {str(size): DefectPredictionNetwork(self.embedding_dim) for size in self.patch_sizes if defect_prediction}
-        )
+        sizes, dim = [str(size) for size in self.patch_sizes], self.embedding_dim
+        density = {size: DensityEstimationNetwork(num_components, dim) for size in sizes if num_components}
+        self.density_networks = nn.ModuleDict(density)
+        self.location_networks = nn.ModuleDict({size: LocationPredictionNetwork(dim) for size in sizes})
+        defect = {size: DefectPredictionNetwork(dim) for size in sizes if defect_prediction}
+        self.defect_networks = nn.ModuleDict(defect)
 
     def set_scorer(self, scorer: str | Mapping[str, Any]) -> None:
         """Take another scorer, not fitted, at every scale.
@@ -188,7 +183,7 @@ class ScoringModel(nn.Module):
             bank_size=self.bank_size,
             coreset=self.coreset,
             seed=self.seed,
-            density_network=self.density_networks[str(size)] if is_trained else None,
+            density_network=self.density_networks[str(size)] if is_trained and self.density_networks else None,
         ).to(self.input_mean.device)
 
     @property

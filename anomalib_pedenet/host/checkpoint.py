@@ -23,7 +23,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_pedenet.argument_checks import Purpose, changes, changes_bank, check_changes, resolve
-from anomalib_pedenet.host.earlier_versions import bring_up_to_date
+from anomalib_pedenet.host.earlier_versions import BROUGHT_UP_TO_DATE, bring_up_to_date, check_goes_on
 from anomalib_pedenet.host.exportable_resize import resize_as_in_training
 from anomalib_pedenet.recipe import PARTS, changed_parts
 from anomalib_pedenet.torch_model import PedenetModel
@@ -257,10 +257,9 @@ class PedenetCheckpointMixin(LightningModule):
             checkpoint (dict[str, Any]): Loaded checkpoint.
 
         Raises:
-            ValueError: If the checkpoint is another model's, or an argument was given that it cannot be used with.
+            ValueError: If the checkpoint is another model's, or cannot go on, or not with an argument that was given.
         """
-        # It imports the engine, as models must not.
-        from anomalib_pedenet.host.checkpoint_io import NETWORK, engine_frame
+        from anomalib_pedenet.host.checkpoint_io import NETWORK, engine_frame  # imports the engine, as models must not
 
         if not any(name.startswith(NETWORK) for name in checkpoint.get("state_dict", {})):
             msg = "The checkpoint holds no Pedenet weights: pass a checkpoint that was trained with --model Pedenet."
@@ -270,7 +269,11 @@ class PedenetCheckpointMixin(LightningModule):
             checkpoint["state_dict"] = self.state_dict()
             return
         bring_up_to_date(checkpoint)
-        self._take_hyper_parameters(checkpoint)
+        purpose: Purpose = "load" if self._trainer is None else "evaluate"
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            purpose = "resume"
+            check_goes_on(checkpoint)
+        self._take_hyper_parameters(checkpoint, purpose)
         self._take_components(checkpoint)
         forget_plan(checkpoint)
         self._take_training_entries(checkpoint)
@@ -279,7 +282,7 @@ class PedenetCheckpointMixin(LightningModule):
             # It resizes images as the pre-processor does that it finds when it is set up: that was another one.
             datamodule.setup(self.trainer.state.fn)
 
-    def _take_hyper_parameters(self, checkpoint: dict[str, Any]) -> None:
+    def _take_hyper_parameters(self, checkpoint: dict[str, Any], purpose: Purpose) -> None:
         """Take the hyper-parameters of a checkpoint, but for those that were asked for.
 
         Raises:
@@ -288,9 +291,6 @@ class PedenetCheckpointMixin(LightningModule):
         # Lightning puts what `load_from_checkpoint` was asked for in the place of what was saved.
         found = _SAVED.get() or checkpoint.get("hyper_parameters", {})
         saved = saved_arguments(checkpoint, found, self.hparams)
-        purpose: Purpose = "load"
-        if self._trainer is not None:
-            purpose = "resume" if self.trainer.state.fn == TrainerFn.FITTING else "evaluate"
         asked, taken = settle_arguments(self.hparams, saved, self._given, purpose)
         if taken:
             logger.info("Taken from the checkpoint: %s.", ", ".join(f"{name}={taken[name]}" for name in taken))
@@ -352,8 +352,8 @@ class PedenetCheckpointMixin(LightningModule):
             raise TypeError(msg)
         check_checkpoint_file(checkpoint_path, weights_only, cls.checkpoint_safe_globals())
         saved = saved_hyper_parameters(checkpoint_path, weights_only, cls.checkpoint_safe_globals())
-        # Lightning reads the file's arguments itself, among which earlier versions did not save the encoder's width.
-        width = {"model_size": saved["model_size"]} if "model_size" in saved else {}
+        # Lightning reads the file's arguments itself, as an earlier version saved them.
+        updated = {name: saved[name] for name in BROUGHT_UP_TO_DATE if name in saved}
         token = _SAVED.set(saved)
         try:
             return super().load_from_checkpoint(
@@ -362,7 +362,7 @@ class PedenetCheckpointMixin(LightningModule):
                 hparams_file=hparams_file,
                 strict=strict,
                 weights_only=weights_only,
-                **width | (kwargs or _asked_of_export(saved)),
+                **updated | (kwargs or _asked_of_export(saved)),
             )
         finally:
             _SAVED.reset(token)

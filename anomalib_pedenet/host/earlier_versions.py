@@ -19,6 +19,10 @@ _IMAGE_LIMIT = "model.image_limit"
 _LEARNED = "model.learned"
 _CHOSEN = "model._extra_state"
 _FIRST_LAYER = "model.embedding_network.small_encoder.0.weight"
+_DENSITY_NETWORKS = "model.density_networks."
+
+BROUGHT_UP_TO_DATE = ("model_size", "lambda_den", "density_loss")
+"""Hyper-parameters that earlier versions did not save, or with values that mean nothing now."""
 
 
 def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
@@ -27,13 +31,19 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
     The first had scores without a limit, so that thresholds are brought into 0..1. Later ones did not keep what was
     learned at each scale, always had the product of the scales' maps, had no region of interest, did not whiten
     embeddings, and had one limit for pixels and images. Some measured places by themselves. The width of the encoder
-    was not named.
+    was not named. The default training had a density loss, of whitened embeddings at last: its networks, which score
+    nothing, are dropped, and the optimizer with them, so that no training goes on from there.
 
     Args:
         checkpoint (dict[str, Any]): Loaded checkpoint, which is changed.
     """
     checkpoint["hyper_parameters"] = hyper_parameters_of(checkpoint)
     state = checkpoint["state_dict"]
+    unused = [name for name in state if name.startswith(_DENSITY_NETWORKS)]
+    if unused and checkpoint["hyper_parameters"].get("lambda_den") == 0:
+        for name in unused:
+            del state[name]
+        checkpoint["optimizer_states"] = []
     if _LEARNED not in state and _CHOSEN in state:
         scales = len(state[_CHOSEN])
         trained = len({name.split(".")[2] for name in state if name.startswith("model.location_networks.")})
@@ -61,8 +71,27 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
 
 
 def hyper_parameters_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's hyper-parameters, and the width of the encoder, which earlier versions did not save."""
+    """Return a checkpoint's hyper-parameters, with those of :data:`BROUGHT_UP_TO_DATE` as this version has them."""
     saved = dict(checkpoint.get("hyper_parameters", {}))
+    if saved.get("density_loss") == "whitened":
+        saved |= {"lambda_den": 0.0, "density_loss": "dagmm"}
     filters = len(checkpoint.get("state_dict", {}).get(_FIRST_LAYER, ()))
     fitting = [size for size, channels in SMALL_CHANNELS.items() if channels[0] == filters]
     return {"model_size": fitting[0]} | saved if fitting else saved
+
+
+def check_goes_on(checkpoint: Mapping[str, Any]) -> None:
+    """Check that the training in a checkpoint, which has been brought up to date, can go on.
+
+    Args:
+        checkpoint (Mapping[str, Any]): Loaded checkpoint.
+
+    Raises:
+        ValueError: If it has no optimizer, or had one for other networks.
+    """
+    if not checkpoint.get("optimizer_states"):
+        msg = (
+            "The training in the checkpoint cannot go on: it was saved without its optimizer, or by an earlier version "
+            "whose density loss trained other networks. Begin anew. Testing and exporting it need no optimizer."
+        )
+        raise ValueError(msg)

@@ -282,7 +282,7 @@ class PedenetTrainingMixin(PedenetBankMixin):
         sizes = self.model.patch_sizes
         shown = {
             label: torch.stack([metrics[f"loss_{label}_{size}"] for size in sizes]).sum()
-            for label in ("den", "lpn", "reg", "syn")
+            for label in self.loss.shown_terms
         }
         shown["lp_acc"] = torch.stack([metrics[f"lp_accuracy_{size}"] for size in sizes]).mean()
         shown["spread"] = torch.stack([metrics[f"spread_{size}"] for size in sizes]).min()

@@ -65,8 +65,7 @@ class Progress:
         self._has_warned_of_collapse = True
         logger.warning(
             "The embeddings have collapsed (spread %.3f after %d steps, below %.2f): patches can hardly be told "
-            "apart and the anomaly map will be poor. Raise lambda_var or min_std, "
-            "or lower lambda_den where density_loss is not whitened.",
+            "apart and the anomaly map will be poor. Raise lambda_var or min_std, or lower lambda_den if it is not 0.",
             spread,
             step,
             COLLAPSE_SPREAD,
@@ -91,8 +90,8 @@ class Progress:
                 values = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
                 msg = (
                     f"The training loss or its gradients are not finite after {step} steps, "
-                    f"{MAX_SKIPPED_IN_ROW} in a row of which were skipped ({values}): lower learning_rate or "
-                    "lambda_den. Earlier checkpoints are untouched."
+                    f"{MAX_SKIPPED_IN_ROW} in a row of which were skipped ({values}): lower learning_rate, or "
+                    "lambda_den if it is not 0. Earlier checkpoints are untouched."
                 )
                 raise ValueError(msg)
         if any(are_skipped):

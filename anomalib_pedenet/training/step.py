@@ -23,7 +23,6 @@ from anomalib_pedenet.argument_checks import TrainPrecision
 from anomalib_pedenet.loss import PedenetLoss
 from anomalib_pedenet.torch_model import PedenetModel
 from anomalib_pedenet.training.sampling import EmbeddingSample, draw_views, sample_dense, sample_patches
-from anomalib_pedenet.whitened_density import WhitenedMixture
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +56,8 @@ class TrainingStep:
         self._region = model.region
         self._positions: tuple[torch.Size, torch.Tensor] | None = None  # of crops, for images of some size
         self._joint = _JointLoss(model, loss, hparams)
-        # Full covariances of embeddings that were not whitened may be singular, and the host asks whether they are.
-        is_safe = hparams["density_loss"] == "whitened" or hparams["covariance_type"] == "diag"
+        # Full covariances may be singular, and the host asks whether they are.
+        is_safe = hparams["lambda_den"] == 0 or hparams["covariance_type"] == "diag"
         self._records = records and hparams["training_mode"] == "dense" and is_safe
 
     def __call__(
@@ -185,10 +184,11 @@ class _JointLoss(nn.Module):
         scalars: list[torch.Tensor] = []
         for size, sample in samples.items():
             logits = self.location_networks[str(size)](sample.centers, sample.neighbors)
+            has_density = self.loss.lambda_den > 0
             has_defects = sample.defect_embeddings is not None
             terms = self.loss(
                 sample.embeddings,
-                self._responsibilities(size, sample.embeddings),
+                self.density_networks[str(size)](sample.embeddings) if has_density else None,
                 logits,
                 sample.directions,
                 density_scale=density_scale,
@@ -208,10 +208,3 @@ class _JointLoss(nn.Module):
                 sample.embeddings.float().std(dim=0).mean(),
             ]
         return total, torch.stack([total, *scalars]).detach()
-
-    def _responsibilities(self, size: int, embeddings: torch.Tensor) -> torch.Tensor | WhitenedMixture | None:
-        """Return what the density loss of a scale needs, if it counts."""
-        if self.loss.lambda_den == 0:
-            return None
-        network = self.density_networks[str(size)]
-        return network.estimate(embeddings) if self.loss.reading == "whitened" else network(embeddings)

@@ -7,16 +7,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # of one process, and synchronised over several
 
-from anomalib_pedenet.whitened_density import WhitenedDensityEstimationNetwork
-
 
 class StepGuard:
     """Keeps a model as it was before a step that cannot be made.
 
     Whether a step is finite is known on the device only, and asking for it would make the host wait in every step. So
     nothing is asked: the fused optimizer is told on the device not to change weights and moments (as it is by a
-    gradient scaler), and running averages of batch normalisation and of the whitened density, which the forward pass
-    has updated already, are put back where the flag says so.
+    gradient scaler), and running averages of batch normalisation, which the forward pass has updated already, are put
+    back where the flag says so.
 
     Args:
         optimizer (torch.optim.Optimizer): Fused optimizer (``found_inf`` is an attribute of those).
@@ -72,7 +70,7 @@ class StepGuard:
 
 def running_averages(module: nn.Module) -> list[torch.Tensor]:
     """Return the buffers of a module that its forward passes change in training."""
-    layers = (layer for layer in module.modules() if isinstance(layer, _BatchNorm | WhitenedDensityEstimationNetwork))
+    layers = (layer for layer in module.modules() if isinstance(layer, _BatchNorm))
     return [buffer for layer in layers for buffer in layer.buffers()]
 
 

@@ -113,7 +113,7 @@ def test_a_singular_covariance_is_said_with_its_remedy(datamodule: MVTecAD, tmp_
     model = Pedenet(
         **SMALL | {"patches_per_step": 16},
         max_steps=60,
-        density_loss="dagmm",
+        lambda_den=1e-4,
         covariance_type="full",
         covariance_jitter=0,
         density_warmup=0.0,

@@ -14,6 +14,7 @@ import torch
 from anomalib.cli import AnomalibCLI
 
 from anomalib_pedenet import Pedenet, Recipe
+from anomalib_pedenet.aftercare.edits import edit_checkpoint
 from anomalib_pedenet.argument_checks import changes, check_changes
 from tests.integration.conftest import model_options, write_dataset
 
@@ -88,7 +89,7 @@ OTHER: dict[str, Any] = {
     "visualizer": False,
 }
 
-# The density loss decides what the density estimation network sees.
+# Whether there is a density loss decides whether there is a density estimation network.
 OF_THE_WEIGHTS = {
     "image_size",
     "patch_sizes",
@@ -96,7 +97,7 @@ OF_THE_WEIGHTS = {
     "embedding_dim",
     "num_components",
     "batch_norm",
-    "density_loss",
+    "lambda_den",
 }
 OF_THE_BANK = {"roi", "scored_sizes", "scorer", "bank_size", "coreset", "bank_stride", "bank_seed", "position_weight"}
 ALWAYS_USED = {"stride", "combination", "post_processor", "evaluator", "visualizer"}
@@ -292,3 +293,42 @@ def test_a_checkpoint_of_earlier_defaults_keeps_its_networks(
     if command != "train":
         for name in ("model.embedding_network.small_encoder.0.weight", "model.density_networks.32.0.weight"):
             assert model.state_dict()[name].equal(old["state_dict"][name])
+
+
+def as_of_the_whitened_density(path: Path, target: Path) -> dict[str, Any]:
+    """Write a checkpoint as the version did whose density loss was of whitened embeddings, and return what is in it."""
+    old = torch.load(path, weights_only=True)
+    old["hyper_parameters"] |= {"lambda_den": 1e-2, "density_loss": "whitened"}
+    for size in (32, 64):
+        old["state_dict"][f"model.density_networks.{size}.projection.weight"] = torch.zeros(8, 64)
+    torch.save(old, target)
+    return old
+
+
+@pytest.mark.parametrize("command", ["test", "predict", "export", "load"])
+def test_a_checkpoint_of_the_whitened_density_scores_as_it_did(
+    command: str, data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old = as_of_the_whitened_density(checkpoint, tmp_path / "old.ckpt")["state_dict"]
+    if command == "load":
+        model = Pedenet.load_from_checkpoint(tmp_path / "old.ckpt")
+    else:
+        model = run(command, data, tmp_path / "old.ckpt", {})
+    assert (model.hparams.lambda_den, model.hparams.density_loss) == (0.0, "dagmm")
+    assert not model.model.density_networks
+    for name, value in model.model.state_dict().items():
+        torch.testing.assert_close(value, old[f"model.{name}"], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_its_training_does_not_go_on(
+    is_edited: bool, data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "old.ckpt"
+    as_of_the_whitened_density(checkpoint, path)
+    if is_edited:  # whose networks are gone already
+        edit_checkpoint(path, None, "nothing", {}, {})
+    with pytest.raises(ValueError, match=r"cannot go on: .* by an earlier version .* Begin anew"):
+        run("train", data, path, {"max_steps": 8})

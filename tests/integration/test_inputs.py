@@ -151,7 +151,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, t
         write(root / "train", name, save)
         write(root / "test", name, save)
     datamodule = folder_of(root)
-    model = Pedenet(**SMALL, scorer="exact", lambda_den=0.0)
+    model = Pedenet(**SMALL, scorer="exact")
     engine = make_engine(root)
     engine.fit(model, datamodule=datamodule)
     assert {Path(path).name for path in datamodule.train_data.samples.image_path} >= set(USED)

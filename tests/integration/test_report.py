@@ -81,12 +81,12 @@ def test_a_difference_of_methods_has_its_interval(report: ModuleType) -> None:
     assert report.difference_table(rows, "X", "Z") is None
 
 
-def test_the_joint_loss_is_ours_on_the_sets_of_single_losses(report: ModuleType) -> None:
+def test_location_prediction_alone_is_ours_on_the_sets_of_other_losses(report: ModuleType) -> None:
     rows = make_rows(report)
-    single = rows[rows["category"] == "c"].head(1).assign(method="L_LPN alone", table="losses", pixel_AUROC=0.75)
-    losses = report.losses_of(pd.concat([rows, single]))
+    joint = rows[rows["category"] == "c"].head(1).assign(method=report.JOINT, table="losses", pixel_AUROC=0.75)
+    losses = report.losses_of(pd.concat([rows, joint]))
     found = losses[["category", "method", "pixel_AUROC"]].to_numpy().tolist()
-    assert found == [["c", report.JOINT, 1.0], ["c", "L_LPN alone", 0.75]]
+    assert found == [["c", report.ALONE, 1.0], ["c", report.JOINT, 0.75]]
     assert report.losses_of(rows).empty
 
 

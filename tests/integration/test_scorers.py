@@ -31,6 +31,7 @@ SMALL: dict[str, Any] = {
     "stride": 16,
     "patch_sizes": [32],
     "scored_sizes": [32],
+    "lambda_den": 1e-4,  # for the scorer of the density estimation network's mixture
 }
 
 

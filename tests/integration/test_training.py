@@ -60,9 +60,7 @@ def train(datamodule: MVTecAD, root: Path, model: Pedenet, *callbacks: Callback,
 def rebuilt_bank(path: Path, datamodule: MVTecAD) -> dict[str, torch.Tensor]:
     """Build the bank from a checkpoint's weights and the training images, by the torch model alone."""
     state = torch.load(path, weights_only=True)["state_dict"]
-    model = PedenetModel(
-        scored_sizes=(32, 64), stride=16, bank_size=100, defect_prediction=True, whitened_density=True
-    ).eval()
+    model = PedenetModel(scored_sizes=(32, 64), stride=16, bank_size=100, defect_prediction=True).eval()
     model.load_state_dict({name.removeprefix("model."): value for name, value in state.items() if "model." in name})
     transform = Pedenet.configure_pre_processor((144, 160)).transform
     model.fit([transform(item.image)[None] for item in datamodule.train_data])
@@ -194,8 +192,8 @@ def test_the_smaller_limit_of_steps_stands(
 @pytest.mark.parametrize(
     "options",
     [
-        {"training_mode": "patchwise", "lambda_syn": 0.0, "density_loss": "dagmm"},
-        {"training_mode": "patchwise", "lambda_syn": 0.0, "lambda_svdd": 1e-3},
+        {"training_mode": "patchwise", "lambda_syn": 0.0},
+        {"training_mode": "patchwise", "lambda_syn": 0.0, "lambda_den": 0.0, "lambda_svdd": 1e-3},
         {"lambda_svdd": 1e-3},
         {"patch_sizes": [64], "scored_sizes": None},
         {"patch_sizes": [32], "scored_sizes": None},
@@ -203,17 +201,17 @@ def test_the_smaller_limit_of_steps_stands(
     ],
 )
 def test_other_ways_to_train(datamodule: MVTecAD, tmp_path: Path, options: dict[str, Any]) -> None:
-    model = Pedenet(**{**SMALL, **options}, max_steps=6, density_warmup=0.0)
-    before = {name: value.clone() for name, value in model.model.density_networks.state_dict().items()}
+    model = Pedenet(**{**SMALL, "lambda_den": 1e-4, **options}, max_steps=6, density_warmup=0.0)
+    before = {name: value.clone() for name, value in model.model.named_parameters() if "density" in name}
     train(datamodule, tmp_path, model)
     assert model.model.is_fitted
-    # Averages, if whitened: the loss itself does not count before location prediction has learned anything.
-    after = model.model.density_networks.state_dict()
-    assert any(not torch.equal(value, after[name]) for name, value in before.items())
+    assert bool(before) == (model.hparams.lambda_den > 0)
+    assert not any(torch.equal(value, model.model.get_parameter(name)) for name, value in before.items())
 
 
-def test_the_whitened_density_alone_teaches_its_networks(datamodule: MVTecAD, tmp_path: Path) -> None:
-    options = {"lambda_lpn": 0.0, "lambda_syn": 0.0, "lambda_var": 0.0, "density_warmup": 0.0, "max_steps": 6}
+def test_the_density_alone_teaches_its_networks(datamodule: MVTecAD, tmp_path: Path) -> None:
+    options = {"lambda_den": 1e-4, "lambda_lpn": 0.0, "lambda_syn": 0.0, "lambda_var": 0.0}
+    options |= {"density_warmup": 0.0, "max_steps": 6}
     model = Pedenet(**SMALL | options)
     networks = (*model.model.density_networks.parameters(), *model.model.embedding_network.parameters())
     before = [parameter.clone() for parameter in networks]
@@ -267,12 +265,16 @@ def test_the_log_says_how_far_the_training_is(
     assert [message.split(":")[0] for message in learned] == ["Trained 32-px patches", "Trained 64-px patches"]
 
 
-def test_every_term_is_logged(datamodule: MVTecAD, tmp_path: Path) -> None:
-    engine = train(datamodule, tmp_path, Pedenet(**SMALL, max_steps=6), logger=CSVLogger(tmp_path))
+@pytest.mark.parametrize("lambda_den", [0.0, 1e-4])
+def test_every_term_is_logged(datamodule: MVTecAD, tmp_path: Path, lambda_den: float) -> None:
+    model = Pedenet(**SMALL, max_steps=6, lambda_den=lambda_den)
+    engine = train(datamodule, tmp_path, model, logger=CSVLogger(tmp_path))
     logged = set(engine.trainer.logged_metrics)
     names = ("loss_den", "loss_lpn", "loss_reg", "loss_var", "loss_syn", "lp_accuracy", "spread")
     assert {"train_loss"} | {f"{name}_{size}" for name in names for size in (32, 64)} <= logged
-    assert {"den", "lpn", "reg", "syn", "lp_acc", "spread", "step"} <= set(engine.trainer.progress_bar_metrics)
+    shown = set(engine.trainer.progress_bar_metrics)
+    assert {"lpn", "syn", "lp_acc", "spread", "step"} <= shown
+    assert {"den", "reg"} & shown == ({"den", "reg"} if lambda_den > 0 else set())  # a 0 would tell nothing
 
 
 def test_held_back_images_are_neither_trained_on_nor_in_the_bank(datamodule: MVTecAD, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ LAYERS = [
     {
         "patches",
         "mixture",
-        "whitened_density",
         "networks",
         "loss",
         "anomaly_map",

@@ -26,7 +26,7 @@ DEFAULTS = Path(__file__).parents[2] / "configs" / "model" / "pedenet.yaml"
     [
         ({"combination": "max"}, "combination must be one of 'auto', 'product', 'mean', got 'max'"),
         ({"training_mode": "sparse"}, "training_mode must be one of 'dense', 'patchwise'"),
-        ({"density_loss": "vae"}, "density_loss must be one of 'whitened', 'dagmm', 'paper'"),
+        ({"density_loss": "vae"}, "density_loss must be one of 'dagmm', 'paper'"),
         ({"patch_sizes": [48]}, r"patch_sizes must be \[32\], \[64\] or both, got \[48\]"),
         ({"patch_sizes": []}, r"patch_sizes must be"),
         ({"patch_sizes": [64, 64]}, r"patch_sizes must be"),

@@ -102,13 +102,13 @@ def test_training_images_score_lower_than_others() -> None:
 
 
 def test_one_scale_is_the_papers() -> None:
-    model = PedenetModel(patch_sizes=(64,), batch_norm=False, model_size="medium")
+    model = PedenetModel(patch_sizes=(64,), batch_norm=False, model_size="medium", density_estimation=True)
     assert sum(p.numel() for p in model.parameters()) == 467_378
     assert set(model.scorers) == {"64"}
 
 
 def test_the_small_scale_alone_has_no_large_encoder() -> None:
-    model = PedenetModel(patch_sizes=(32,), model_size="medium")
+    model = PedenetModel(patch_sizes=(32,), model_size="medium", density_estimation=True)
     assert sum(p.numel() for p in model.parameters()) == 427_314
     assert set(model.embedding_network.embed_dense(torch.zeros(1, 3, 56, 56))) == {32}
     with pytest.raises(ValueError, match="Patches must be 32x32 px, got"):
@@ -235,3 +235,17 @@ def test_a_bank_as_a_fraction_of_all_patches() -> None:
     model = PedenetModel(stride=16, bank_size=0.5).eval()
     model.fit([torch.rand(1, 3, 64, 64) for _ in range(6)])  # 9 patches of 32 px each
     assert len(model.scorers["32"].bank) == 27
+
+
+@pytest.mark.parametrize("density_estimation", [True, False])
+def test_the_density_has_the_networks_components_if_there_is_a_network(density_estimation: bool) -> None:
+    torch.manual_seed(0)
+    options = {"scored_sizes": (16, 32), "stride": 16, "num_components": 4, "scorer": "density"}
+    model = PedenetModel(**options, density_estimation=density_estimation).eval()  # type: ignore[arg-type]
+    assert sorted(model.density_networks) == (["32", "64"] if density_estimation else [])
+    images = torch.rand(3, 3, 128, 160)
+    model.fit_standardization(images)
+    model.calibrate(images)
+    model.fit([images])
+    components = {size: len(scorer.log_weights) for size, scorer in model.scorers.items()}
+    assert components == {"16": 1, "32": 4 if density_estimation else 1}  # no network is trained at 16 px

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from anomalib_pedenet.training.step_guard import StepGuard
-from anomalib_pedenet.whitened_density import WhitenedDensityEstimationNetwork, whitened_density_loss
 
 
 def step(network: nn.Module, optimizer: torch.optim.Optimizer, guard: StepGuard | None, scale: float) -> torch.Tensor:
@@ -27,21 +26,9 @@ def step(network: nn.Module, optimizer: torch.optim.Optimizer, guard: StepGuard 
     return flag
 
 
-class Density(nn.Module):
-    """Passes images on, and adds the loss of their density, whose network keeps averages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = WhitenedDensityEstimationNetwork(2, 3, 2)
-
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        return maps + whitened_density_loss(self.network.estimate(maps.reshape(-1, 1).expand(-1, 3)))
-
-
 def make() -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 3))
-    network.add_module("density", Density())
     return network, torch.optim.Adam(network.parameters(), lr=0.1, fused=True)
 
 
