@@ -8,7 +8,7 @@ mixture of their batch, the cross-entropy of location prediction, and a regulari
 from singular ones.
 
 L_DEN and L_reg are left out of default trainings (``lambda_den`` is 0). They fall as all embeddings draw together,
-those of defects too, and none of their weights finds more defects.
+those of defects too, and no weight that was tried finds more defects.
 
 ``+ lambda_var L_var`` is not in the paper. While location prediction is still at chance, as it is for long on uniform
 textures, its loss is lowest when all embeddings are equal, so it drives them there and never learns. VICReg's variance
@@ -167,7 +167,7 @@ class PedenetLoss(nn.Module):
     Args:
         lambda_den (float): Weight lambda_1 of L_DEN; 0 leaves the term out (Table 4, "L_LPN only").
         lambda_lpn (float): Weight lambda_2 of L_LPN; 0 leaves the term out (Table 4, "L_DEN only").
-        lambda_reg (float): Weight lambda_3 of L_reg, which belongs to the paper's L_DEN and is left out with it.
+        lambda_reg (float): Weight lambda_3 of L_reg, which is left out with L_DEN.
         reading (DensityLossType): Reading of Eq. 9, see :func:`density_loss`.
         covariance_type (CovarianceType): Covariances of the mixture, ``"diag"`` or ``"full"``.
         covariance_jitter (float): Added to the covariances' diagonals.

@@ -34,7 +34,8 @@ class Recipe:
         crops_per_step (int): Crops in a step (dense training); each is seen in two disturbed views,
             and in one with drawn defects. Defaults to ``3``.
         crop_size (int): Side of a crop in pixels (dense training). Defaults to ``128``.
-        patches_per_step (int): Patches for the density loss in a step; the paper has 128. Defaults to ``1024``.
+        patches_per_step (int): Patches in a step for the losses of single embeddings, the variance and the density
+            loss; the paper has 128. Defaults to ``1024``.
         pairs_per_step (int): Pairs of neighbouring patches for location prediction in a step; the paper has 36.
             Defaults to ``1024``.
         color_shift (float): Standard deviation of the random colour shift of each view and channel, in units of the
@@ -43,12 +44,12 @@ class Recipe:
         learning_rate (float): Adam's learning rate, the peak of the one-cycle schedule. Defaults to ``1e-3``.
         lr_schedule (str): ``"one_cycle"`` or ``"constant"`` (the paper's). Defaults to ``"one_cycle"``.
         embedding_dim (int): Dimension Z of the embeddings. Defaults to ``64``.
-        num_components (int): Number K of Gaussian mixture components. Defaults to ``10``.
+        num_components (int): Number K of Gaussian mixture components of a density loss. Defaults to ``10``.
         batch_norm (bool): Whether batch normalisation follows the small encoder's convolutions. The paper mentions
             none, but surfaces hardly train without it. Defaults to ``True``.
         lambda_den (float): Weight lambda_1 of the density loss L_DEN, for which there is then a density estimation
             network. Large weights such as 1e-2 make all embeddings equal (collapse); the paper's presets have ``1e-4``.
-            Defaults to ``0`` (left out), because no weight finds more defects.
+            Defaults to ``0`` (left out), because none that was tried finds more defects.
         lambda_lpn (float): Weight lambda_2 of the location prediction loss L_LPN. Defaults to ``1.0``.
         lambda_reg (float): Weight lambda_3 of the covariance regularisation L_reg, which goes with L_DEN. Defaults to
             ``1e-7``.

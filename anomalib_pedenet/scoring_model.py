@@ -138,7 +138,7 @@ class ScoringModel(nn.Module):
         self.register_buffer("learned", torch.full((len(self.patch_sizes),), math.nan))
 
     def _make_networks_of_training(self, num_components: int, defect_prediction: bool) -> None:
-        """Make the networks that only training needs, but for the scorer ``density``: one of each for every scale."""
+        """Make the networks that only training needs, but for the scorer ``density``: as asked for at each scale."""
         sizes, dim = [str(size) for size in self.patch_sizes], self.embedding_dim
         density = {size: DensityEstimationNetwork(num_components, dim) for size in sizes if num_components}
         self.density_networks = nn.ModuleDict(density)

@@ -31,17 +31,17 @@ def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
     The first had scores without a limit, so that thresholds are brought into 0..1. Later ones did not keep what was
     learned at each scale, always had the product of the scales' maps, had no region of interest, did not whiten
     embeddings, and had one limit for pixels and images. Some measured places by themselves. The width of the encoder
-    was not named. The default training had a density loss, of whitened embeddings at last: its networks, which score
-    nothing, are dropped, and the optimizer with them, so that no training goes on from there.
+    was not named. There was a density estimation network without a density loss, too, and in default trainings one for
+    whitened embeddings. They score nothing and are dropped, and the optimizer with them: such trainings cannot go on.
 
     Args:
         checkpoint (dict[str, Any]): Loaded checkpoint, which is changed.
     """
     checkpoint["hyper_parameters"] = hyper_parameters_of(checkpoint)
     state = checkpoint["state_dict"]
-    unused = [name for name in state if name.startswith(_DENSITY_NETWORKS)]
-    if unused and checkpoint["hyper_parameters"].get("lambda_den") == 0:
-        for name in unused:
+    density_networks = [name for name in state if name.startswith(_DENSITY_NETWORKS)]
+    if density_networks and checkpoint["hyper_parameters"]["lambda_den"] == 0:
+        for name in density_networks:
             del state[name]
         checkpoint["optimizer_states"] = []
     if _LEARNED not in state and _CHOSEN in state:
@@ -75,6 +75,8 @@ def hyper_parameters_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     saved = dict(checkpoint.get("hyper_parameters", {}))
     if saved.get("density_loss") == "whitened":
         saved |= {"lambda_den": 0.0, "density_loss": "dagmm"}
+    elif any(name.startswith(_DENSITY_NETWORKS) for name in checkpoint.get("state_dict", {})):
+        saved.setdefault("lambda_den", 1e-4)  # a subclass may not have saved it
     filters = len(checkpoint.get("state_dict", {}).get(_FIRST_LAYER, ()))
     fitting = [size for size, channels in SMALL_CHANNELS.items() if channels[0] == filters]
     return {"model_size": fitting[0]} | saved if fitting else saved
@@ -92,6 +94,6 @@ def check_goes_on(checkpoint: Mapping[str, Any]) -> None:
     if not checkpoint.get("optimizer_states"):
         msg = (
             "The training in the checkpoint cannot go on: it was saved without its optimizer, or by an earlier version "
-            "whose density loss trained other networks. Begin anew. Testing and exporting it need no optimizer."
+            "with a density estimation network that is no more. Begin anew. Testing and exporting need neither."
         )
         raise ValueError(msg)

@@ -30,7 +30,7 @@ class EmbeddingSample(NamedTuple):
     """What one training step needs at one scale.
 
     Attributes:
-        embeddings (torch.Tensor): Embeddings for the density, ``[N, Z]``.
+        embeddings (torch.Tensor): Embeddings for the variance and the density loss, ``[N, Z]``.
         centers (torch.Tensor): Embeddings z of the centre patches of M pairs, ``[M, Z]``.
         neighbors (torch.Tensor): Embeddings z' of their neighbours, ``[M, Z]``.
         directions (torch.Tensor): Where the neighbours lie, int64 ``[M]`` in 0..7.
@@ -110,7 +110,7 @@ def sample_dense(
         masks (torch.Tensor): Masks of the third views' defects. If there are any, all patches of the third views and of
             the first give ``defect_embeddings``.
         patch_sizes (Sequence[int]): Scales to sample.
-        num_patches (int): Patches N for the density, over the first two views of all crops.
+        num_patches (int): Patches N for the variance and the density loss, over the first two views of all crops.
         num_pairs (int): Pairs M for location prediction, over all crops (rounded up to the same number for each).
         with_jitter (bool): Whether as many pairs of nearly the same patch give ``jittered``: both of the first view, so
             that they differ by their place alone, one step of the dense grid (2 px) apart along each axis.
@@ -173,7 +173,7 @@ def sample_patches(
         network (PatchEmbeddingNetwork): The PE network.
         images (torch.Tensor): Pre-processed images ``[B, C, H, W]``.
         patch_sizes (Sequence[int]): Scales to sample.
-        num_patches (int): Patches N for the density. Defaults to the paper's ``128``.
+        num_patches (int): Patches N for the variance and the density loss. Defaults to the paper's ``128``.
         num_pairs (int): Pairs M for location prediction. Defaults to the paper's ``36``.
         color_shift (float): See :func:`anomalib_pedenet.patches.disturb`.
         noise (float): See :func:`anomalib_pedenet.patches.disturb`.

@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {"image_size": (144, 160), "max_steps": 6, "steps_per_im
 
 
 _AVERAGED = "embedding_network."
-"""Networks that keep running averages."""
+"""The network that keeps running averages."""
 
 
 @pytest.fixture(autouse=True)

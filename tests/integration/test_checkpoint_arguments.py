@@ -95,7 +95,6 @@ OF_THE_WEIGHTS = {
     "patch_sizes",
     "model_size",
     "embedding_dim",
-    "num_components",
     "batch_norm",
     "lambda_den",
 }
@@ -279,7 +278,7 @@ def test_a_checkpoint_of_earlier_defaults_keeps_its_networks(
     command: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    then = {"model_size": "medium", "density_loss": "dagmm", "lambda_den": 1e-4, "max_steps": 1}
+    then = {"model_size": "medium", "lambda_den": 1e-4, "max_steps": 1}
     run("train", data, None, TRAINED | then)
     (path,) = tmp_path.rglob("latest/weights/lightning/model.ckpt")
     old = torch.load(path, weights_only=True)
@@ -289,28 +288,54 @@ def test_a_checkpoint_of_earlier_defaults_keeps_its_networks(
         model = Pedenet.load_from_checkpoint(tmp_path / "old.ckpt")
     else:
         model = run(command, data, tmp_path / "old.ckpt", {"max_steps": 3} if command == "train" else {})
-    assert (model.hparams.model_size, model.hparams.density_loss) == ("medium", "dagmm")
+    assert (model.hparams.model_size, model.hparams.lambda_den) == ("medium", 1e-4)
     if command != "train":
         for name in ("model.embedding_network.small_encoder.0.weight", "model.density_networks.32.0.weight"):
             assert model.state_dict()[name].equal(old["state_dict"][name])
 
 
-def as_of_the_whitened_density(path: Path, target: Path) -> dict[str, Any]:
-    """Write a checkpoint as the version did whose density loss was of whitened embeddings, and return what is in it."""
+@pytest.mark.parametrize(("name", "value"), [("num_components", 5), ("lambda_den", 0.0)])
+def test_a_density_estimation_network_is_kept_as_it_is(name: str, value: float) -> None:
+    saved = dict(Pedenet(lambda_den=1e-4).hparams)
+    for purpose in ("load", "resume", "evaluate", "export"):
+        with pytest.raises(ValueError, match=f"trained with {name}=.* which its weights do not fit: leave {name} out"):
+            check_changes([name], saved | {name: value}, saved, purpose)  # type: ignore[arg-type]
+
+
+def test_the_weight_of_a_density_loss_may_change_in_a_training() -> None:
+    saved = dict(Pedenet(lambda_den=1e-4).hparams)
+    ours = saved | {"lambda_den": 1e-3}
+    check_changes(["lambda_den"], ours, saved, "resume")
+    with pytest.raises(ValueError, match="changes nothing here, since it is of the training alone"):
+        check_changes(["lambda_den"], ours, saved, "evaluate")
+
+
+EARLIER_LOSSES = [{"lambda_den": 1e-2, "density_loss": "whitened"}, {"lambda_den": 0.0, "density_loss": "dagmm"}]
+"""Losses of earlier versions with density estimation networks that there are not any more."""
+
+
+def with_density_networks(path: Path, target: Path, losses: dict[str, Any]) -> dict[str, Any]:
+    """Write a checkpoint as an earlier version did with some losses, and return what is in it."""
     old = torch.load(path, weights_only=True)
-    old["hyper_parameters"] |= {"lambda_den": 1e-2, "density_loss": "whitened"}
+    old["hyper_parameters"] |= losses
     for size in (32, 64):
         old["state_dict"][f"model.density_networks.{size}.projection.weight"] = torch.zeros(8, 64)
     torch.save(old, target)
     return old
 
 
+@pytest.mark.parametrize("losses", EARLIER_LOSSES, ids=["whitened", "none"])
 @pytest.mark.parametrize("command", ["test", "predict", "export", "load"])
-def test_a_checkpoint_of_the_whitened_density_scores_as_it_did(
-    command: str, data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_checkpoint_with_networks_that_are_no_more_scores_as_it_did(
+    command: str,
+    losses: dict[str, Any],
+    data: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    old = as_of_the_whitened_density(checkpoint, tmp_path / "old.ckpt")["state_dict"]
+    old = with_density_networks(checkpoint, tmp_path / "old.ckpt", losses)["state_dict"]
     if command == "load":
         model = Pedenet.load_from_checkpoint(tmp_path / "old.ckpt")
     else:
@@ -327,8 +352,32 @@ def test_its_training_does_not_go_on(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "old.ckpt"
-    as_of_the_whitened_density(checkpoint, path)
+    with_density_networks(checkpoint, path, EARLIER_LOSSES[0])
     if is_edited:  # whose networks are gone already
         edit_checkpoint(path, None, "nothing", {}, {})
     with pytest.raises(ValueError, match=r"cannot go on: .* by an earlier version .* Begin anew"):
         run("train", data, path, {"max_steps": 8})
+
+
+def test_a_training_does_not_go_on_without_its_optimizer(
+    data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights_only = torch.load(checkpoint, weights_only=True)
+    del weights_only["optimizer_states"], weights_only["lr_schedulers"]  # as `save_weights_only` does
+    torch.save(weights_only, tmp_path / "weights.ckpt")
+    with pytest.raises(ValueError, match="cannot go on: it was saved without its optimizer"):
+        run("train", data, tmp_path / "weights.ckpt", {"max_steps": 8})
+    run("test", data, tmp_path / "weights.ckpt", {})
+
+
+def test_density_networks_whose_weight_was_not_saved_are_kept(checkpoint: Path, tmp_path: Path) -> None:
+    trained = Pedenet(**TRAINED | {"lambda_den": 1e-4})
+    old = torch.load(checkpoint, weights_only=True)
+    networks = {f"model.{k}": v for k, v in trained.model.state_dict().items() if k.startswith("density_networks.")}
+    old["state_dict"] |= networks
+    del old["hyper_parameters"]["lambda_den"], old["hyper_parameters"]["density_loss"]
+    torch.save(old, tmp_path / "old.ckpt")
+    model = Pedenet.load_from_checkpoint(tmp_path / "old.ckpt")
+    assert model.hparams.lambda_den == 1e-4
+    assert all(model.state_dict()[name].equal(value) for name, value in networks.items())

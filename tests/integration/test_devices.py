@@ -74,7 +74,7 @@ def test_two_processes_train_one_model(data: Path, tmp_path: Path, strategy: str
 
 def test_gradients_are_means_over_the_processes(data: Path, tmp_path: Path) -> None:
     """Each of two single processes draws what one of the two that train together does."""
-    options = {"model": {"max_steps": 7}, "test": False}
+    options = {"model": {"max_steps": 7, "lambda_den": 1e-4, "density_warmup": 0.0}, "test": False}
     run_well(tmp_path / "first", data, **options, watch={"draw_as": 0})
     run_well(tmp_path / "second", data, **options, watch={"draw_as": 1})
     run_well(tmp_path / "two", data, **options, trainer=on_two("ddp_fork"))

@@ -81,7 +81,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a pool that forgets, images held back": {
         "model": {"cache_gib": 3 * 112 * 128 * 3 * 2 / 2**30, "holdout": 0.2, "lr_schedule": "constant"}
     },
-    "patch by patch": {"model": {"training_mode": "patchwise", "lambda_syn": 0.0, "patches_per_step": 16}},
+    "patch by patch, with a density": {
+        "model": {"training_mode": "patchwise", "lambda_syn": 0.0, "lambda_den": 1e-4, "patches_per_step": 16}
+    },
 }
 
 

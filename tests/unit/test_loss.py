@@ -207,3 +207,10 @@ def test_compactness_joins_the_total_with_its_weight() -> None:
     torch.testing.assert_close(terms.total, without.total + 3 * compactness_loss(*pairs))
     with pytest.raises(ValueError, match="pass jittered"):
         PedenetLoss(lambda_svdd=3.0)(*inputs)
+
+
+def test_a_density_loss_without_responsibilities_is_refused() -> None:
+    embeddings, _, *pairs = make_inputs()
+    with pytest.raises(ValueError, match="lambda_den is above 0, but there is no mixture: pass responsibilities"):
+        PedenetLoss(1e-4)(embeddings, None, *pairs)
+    assert PedenetLoss(0.0)(embeddings, None, *pairs).density == 0

@@ -144,6 +144,7 @@ def fitted(case: Case) -> tuple[PedenetModel, torch.Tensor, torch.Tensor]:
         scorer=case.scorer,
         position_weight=case.position_weight,
         embedding_dim=16,
+        density_estimation=True,
     )
     with torch.no_grad():
         model.embedding_network(torch.randn(16, 3, 64, 64))

@@ -36,7 +36,7 @@ def changed_at_the_right(batch: torch.Tensor) -> torch.Tensor:
 
 def fitted(normal: torch.Tensor, scorer: str) -> PedenetModel:
     torch.manual_seed(0)
-    model = PedenetModel(scorer=scorer, bank_size=100).eval()
+    model = PedenetModel(scorer=scorer, bank_size=100, density_estimation=True).eval()
     model.region.set(left_half())
     model.fit_standardization(normal)
     model.calibrate(normal, learned={32: 0.5, 64: 0.5})
