@@ -54,9 +54,10 @@ INTRODUCTION = (
 )
 JOINT, ALONE = "L_DEN and L_LPN", "L_LPN alone"
 LOSSES = (
-    "Trainings by the defaults, which are L_LPN alone, with L_DEN (weight 1e-4) beside it or in its place, scored "
-    "alike. Published averages over MVTec AD's fifteen categories (arXiv:2110.15525): L_DEN 0.810, L_LPN 0.894, "
-    "both 0.959."
+    "Trainings by the defaults, which of the paper's losses have L_LPN alone (beside drawn defects and the variance "
+    "loss); with L_DEN added, at the weight 1e-4; and with L_DEN in its place, without drawn defects. All are scored "
+    "by the defaults. Published averages over MVTec AD's fifteen categories (arXiv:2110.15525): L_DEN 0.810, L_LPN "
+    "0.894, both 0.959."
 )
 DIFFERENCES = (
     f"*{JOINT}* less *{ALONE}*, and the 95 % interval of the mean (Student's t): of a set over the seeds, of all over "
