@@ -5,9 +5,9 @@
 
 A few numbers are taken of each image: its score, its light, colours and sharpness, where its content lies, and how its
 patches spread over kinds of patches. One half of the training images says what is normal, where content usually lies
-and which kinds there are. Each number is then compared between the other half and the new images by the
-Kolmogorov-Smirnov test, which compares whole distributions: some defects among many images hardly matter, a change of
-all of them does.
+and which kinds there are. Each number is then compared between the other half and the new images; light, colours and
+sharpness, which have to be learned from none, between all training images and the new ones. The Kolmogorov-Smirnov test
+compares whole distributions: some defects among many images hardly matter, a change of all of them does.
 
 Reference:
     F. J. Massey, "The Kolmogorov-Smirnov test for goodness of fit", J. Am. Stat. Assoc. 46, 1951; S. Rabanser,
@@ -41,6 +41,7 @@ _KINDS = 16  # of patches
 _ROWS_AN_IMAGE = 256  # patches that the kinds are learned from
 _MOST_SHOWN = 9
 _SUBPIXELS = 10
+_OF_PLACE = ("place, down (px)", "place, right (px)")
 
 Vectors = dict[str, NDArray[np.float64]]
 """A value for each image, by the name of what was measured."""
@@ -51,7 +52,7 @@ class Moved(NamedTuple):
 
     Attributes:
         name (str): What was measured.
-        before (NDArray[np.float64]): On each training image of the half that is compared.
+        before (NDArray[np.float64]): On each training image that is compared.
         now (NDArray[np.float64]): On each new image.
         p_value (float): Probability of so large a difference between images of the same kind, over all that was
             measured; 1 at most.
@@ -99,11 +100,12 @@ def find_drift(inspector: Inspector, training_images: PreparedImages, new_images
     probe = copy.deepcopy(model)
     probe.fit(tqdm(reference, "Learning what is normal", disable=None), inspector.model.hparams.bank_stride)
     before, now = (
-        _measure_scores(inspector, probe, images)
-        | _measure_pixels(images, mean_image, visible)
-        | _measure_patches(model, images, kinds)
+        _measure_scores(inspector, probe, images) | _measure_patches(model, images, kinds)
         for images in (compared, new_images)
     )
+    now |= _measure_pixels(new_images, mean_image, visible)
+    for name, values in _measure_pixels(training_images, mean_image, visible).items():
+        before[name] = values[1::2] if name in _OF_PLACE else values
     found = []
     for name, values in before.items():
         # Bonferroni: as many chances of a false verdict as there are comparisons.
@@ -148,8 +150,7 @@ def _measure_pixels(images: PreparedImages, mean_image: NDArray[np.float64], vis
             "red against green": np.log(red / green),
             "blue against green": np.log(blue / green),
             "sharpness": edges / (grey.std() + 1.0),
-            "place, down (px)": -shift[0],
-            "place, right (px)": -shift[1],
+            **dict(zip(_OF_PLACE, -shift, strict=True)),
         }
         for name, value in values.items():
             rows.setdefault(name, []).append(float(value))

@@ -549,6 +549,9 @@ def test_drift_is_told_from_chance(
     found = find_drift(inspector, inspector.prepared(many_stripes[:28]), images)
     moved = [one.name for one in found if one.has_moved]
     assert any(expected in name for name in moved) if expected else not moved
+    light = {"brightness", "contrast", "sharpness", "red against green", "blue against green"}  # learned from no half
+    assert {one.name: len(one.before) for one in found} == {one.name: 28 if one.name in light else 14 for one in found}
+    assert light < {one.name for one in found}
     draw_drift(found, tmp_path / "drift.png")
     assert Image.open(tmp_path / "drift.png").size == (1200, 900)
 
