@@ -237,7 +237,7 @@ def check_changes(names: Sequence[str], ours: Mapping[str, Any], saved: Mapping[
         asked = f"The checkpoint was trained with {name}={saved[name]}, and {name}={ours[name]} was asked for"
         choose = _CHOOSE_NETWORKS.get(name)
         drops_network = choose is not None and choose(ours) != choose(saved)
-        has_such_weights = name != "num_components" or saved["lambda_den"] > 0
+        has_such_weights = name != "num_components" or _CHOOSE_NETWORKS["lambda_den"](saved)
         is_fixed = name in _FIXED and has_such_weights and not (name == "image_size" and purpose == "load")
         if is_fixed or drops_network:
             msg = f"{asked}, which its weights do not fit: leave {name} out, or train a new model with it."

@@ -105,7 +105,7 @@ def find_drift(inspector: Inspector, training_images: PreparedImages, new_images
     )
     now |= _measure_pixels(new_images, mean_image, visible)
     for name, values in _measure_pixels(training_images, mean_image, visible).items():
-        before[name] = values[1::2] if name in _OF_PLACE else values
+        before[name] = values[1::2] if name in _OF_PLACE else values  # the same half as `compared`
     found = []
     for name, values in before.items():
         # Bonferroni: as many chances of a false verdict as there are comparisons.
